@@ -1,0 +1,140 @@
+"""The manifest of a folder of activations: one JSON row per event, appended after what it speaks of is in place.
+
+Rows, by their `event`: `model` (the first row: whose activations these are), `shard` (a whole file of a take) and `complete` (the take
+of a step, all shards of it). A *take* is one recording of a step; the last complete take of a step is the one in force.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_plasticity.config.files import fsync_folder
+from megatron_plasticity.errors import UserError
+
+MANIFEST_FILE = "manifest.jsonl"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Shard:
+    """Rows (sequences) `first_row` to `last_row`, exclusive, of one point's activations in one take of a step."""
+
+    step: int
+    take: int
+    point: str
+    file: str
+    """Path relative to the folder."""
+    first_row: int
+    last_row: int
+    shape: tuple[int, ...]
+    """Shape of the shard's tensor; its first axis is sequences."""
+    dtype: str
+    """Number format, as torch names it without the `torch.`."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a folder holds that is whole."""
+
+    identity: dict[str, Any]
+    """What was recorded, as the writer was told."""
+    shards: tuple[Shard, ...]
+    complete: dict[int, int]
+    """Step → number of the take in force."""
+
+    def last_takes(self) -> dict[int, int]:
+        """Step → highest number of a take that was begun; the next take's must be higher, since rows of unfinished ones stay."""
+        takes = dict(self.complete)
+        for shard in self.shards:
+            takes[shard.step] = max(takes.get(shard.step, 0), shard.take)
+        return takes
+
+    def in_force(self, step: int) -> list[Shard]:
+        """Shards of the take in force of a step, in the order of their rows within each point."""
+        return [shard for shard in self.shards if (shard.step, shard.take) == (step, self.complete.get(step))]
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """The manifest of a folder, or None if it has none. A last row that a kill cut short is not there yet. Raises UserError if damaged."""
+    path = folder / MANIFEST_FILE
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    lines = text[: text.rfind(b"\n") + 1].splitlines()
+    if not lines:
+        return None
+    shards: list[Shard] = []
+    complete: dict[int, int] = {}
+    identity: dict[str, Any] = {}
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            event = row.pop("event")
+            if (event == "model") != (number == 1):
+                raise ValueError(f"unexpected event {event!r}")
+            if event == "model":
+                if row["format"] != FORMAT:
+                    raise UserError(f"{path}: has format {row['format']}, and this version reads {FORMAT}; record the activations again")
+                identity = row["identity"]
+            elif event == "shard":
+                shards.append(Shard(**{**row, "shape": tuple(row["shape"])}))
+            elif event == "complete":
+                complete[int(row["step"])] = int(row["take"])
+            else:
+                raise ValueError(f"unknown event {event!r}")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}, row {number}: damaged ({error}); move the folder away and record again") from error
+    return Manifest(identity, tuple(shards), complete)
+
+
+def begin_manifest(folder: Path, identity: Mapping[str, Any]) -> Manifest:
+    """Start a manifest, or continue the one that is there, which must be of the same model (UserError)."""
+    folder.mkdir(parents=True, exist_ok=True)
+    manifest = read_manifest(folder)
+    path = folder / MANIFEST_FILE
+    if path.exists():  # a last row that was cut short would run into the next one
+        whole = path.read_bytes().rfind(b"\n") + 1
+        os.truncate(path, whole)
+    if manifest is None:
+        append_row(folder, {"event": "model", "format": FORMAT, "identity": dict(identity)})
+        return Manifest(dict(identity), (), {})
+    check_identity(folder, manifest, identity)
+    return manifest
+
+
+def check_identity(folder: Path, manifest: Manifest, identity: Mapping[str, Any]) -> None:
+    """Raise UserError, with what differs, unless the folder's activations are of the model with this identity."""
+    mine = json.loads(json.dumps(dict(identity)))  # tuples become lists, as in the file
+    if mine == manifest.identity:
+        return
+    keys = [key for key in {**manifest.identity, **mine} if manifest.identity.get(key) != mine.get(key)]
+    difference = "; ".join(f"{key}: {manifest.identity.get(key)!r} there, {mine.get(key)!r} here" for key in keys)
+    raise UserError(f"{folder}: holds activations of another model ({difference}); choose another folder")
+
+
+def append_shard(folder: Path, shard: Shard) -> None:
+    append_row(folder, {"event": "shard", **asdict(shard)})
+
+
+def append_row(folder: Path, row: Mapping[str, Any]) -> None:
+    """Append one row and wait until it is on disk."""
+    path = folder / MANIFEST_FILE
+    is_new = not path.exists()
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    if is_new:
+        fsync_folder(folder)
+
+
+def identity_digest(identity: Mapping[str, Any]) -> str:
+    """A short hash that every shard carries, so that a file from another folder is noticed."""
+    return hashlib.sha256(json.dumps(dict(identity), sort_keys=True).encode()).hexdigest()[:16]

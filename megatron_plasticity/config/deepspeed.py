@@ -1,0 +1,64 @@
+"""The DeepSpeed JSON as an output of our config: it is never written by hand, so no number exists twice."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_plasticity.config.training import BatchConfig, EngineConfig
+from megatron_plasticity.errors import ConfigError
+
+
+def effective_zero_stage(engine: EngineConfig) -> int:
+    """The ZeRO stage that really runs.
+
+    bf16 at stage 0 would get DeepSpeed's FP16_UnfusedOptimizer, which takes one optimizer step with zero gradients while it
+    initialises its state: one decay too many and Adam's step off by one. Stage 1 computes the same thing correctly.
+    """
+    return 1 if engine.precision == "bf16" and engine.zero_stage == 0 else engine.zero_stage
+
+
+def accumulation_steps(batch: BatchConfig, data_parallel_size: int) -> int:
+    """Micro-batches per rank and optimizer step. Raises ConfigError if the global batch cannot be split evenly."""
+    per_pass = batch.micro_batch_size * data_parallel_size
+    if batch.global_batch_size % per_pass:
+        raise ConfigError(
+            f"batch.global_batch_size={batch.global_batch_size} cannot be split over {data_parallel_size} data-parallel ranks "
+            f"of micro_batch_size={batch.micro_batch_size}: it must be a multiple of {per_pass}"
+        )
+    return batch.global_batch_size // per_pass
+
+
+def deepspeed_json(engine: EngineConfig, batch: BatchConfig, gradient_clip: float, data_parallel_size: int) -> dict[str, Any]:
+    """Settings for `deepspeed.initialize`. Raises ConfigError when `engine.deepspeed` sets a key that our fields decide."""
+    ours: dict[str, Any] = {
+        "train_batch_size": batch.global_batch_size,
+        "train_micro_batch_size_per_gpu": batch.micro_batch_size,
+        "gradient_accumulation_steps": accumulation_steps(batch, data_parallel_size),
+        # Left out, DeepSpeed clips at 1.0.
+        "gradient_clipping": gradient_clip,
+        "zero_optimization": {"stage": effective_zero_stage(engine)},
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 2**31 - 1,
+    }
+    if engine.precision == "bf16":
+        ours["bf16"] = {"enabled": True}
+        ours["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _add(ours, engine.deepspeed, "engine.deepspeed")
+
+
+# Owned by our fields even where the rendered JSON leaves them out.
+_RESERVED = {"optimizer", "scheduler", "fp16", "bf16", "data_types", "torch_autocast"}
+
+
+def _add(ours: dict[str, Any], raw: dict[str, Any], path: str) -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in raw.items():
+        present = ours.get(key)
+        if isinstance(present, dict) and isinstance(value, dict):
+            merged[key] = _add(present, value, f"{path}.{key}")
+        elif key in ours or key in _RESERVED:
+            raise ConfigError(f"{path}.{key}: decided by our own fields (optimizer, batch, engine); remove it from the raw DeepSpeed block")
+        else:
+            merged[key] = value
+    return merged

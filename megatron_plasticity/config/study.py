@@ -1,0 +1,62 @@
+"""A study: a grid of pretraining runs, and what happens to each of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, PositiveInt, field_validator
+
+from megatron_plasticity.config.analysis import AnalysesConfig
+from megatron_plasticity.config.base import Section, neutral
+from megatron_plasticity.config.data import CorpusConfig
+from megatron_plasticity.config.evaluation import EvaluateRecipe
+from megatron_plasticity.config.training import FinetuneRecipe, TaskConfig
+
+
+class ResourcesConfig(Section):
+    """How the study uses this machine."""
+
+    slots: PositiveInt | None = neutral(None)
+    """Runs side by side. Default: one per GPU, or one per core without a GPU."""
+    threads: PositiveInt = neutral(1)
+    """CPU threads of each run. Results are bit-equal for equal thread counts only: sums are split over threads."""
+    processes_per_run: PositiveInt = neutral(1)
+    """Ranks of each training run; more than one goes through the deepspeed launcher."""
+
+
+class StudyConfig(Section):
+    name: str = neutral(pattern=r"^[A-Za-z0-9._-]+$")
+    """Name of the study and of its folder."""
+    description: str = neutral("")
+    """What the study asks; printed on top of the report."""
+    output: Path = neutral(Path("runs"))
+    """Folder under which the study's folder is made."""
+    corpus: CorpusConfig | None = None
+    """Corpus to prepare first; without it the base run's `data.folder` must be there already."""
+    base: dict[str, Any]
+    """The pretraining run that every cell starts from, as in a `pretrain` config (name, output and, with `corpus`, data.folder are filled in)."""
+    axes: dict[str, tuple[Any, ...]] = Field(min_length=1)
+    """Grid: config path of the base run → values, such as `optimizer.weight_decay: [0, 0.1, 1]`."""
+    tasks: tuple[TaskConfig, ...] = ()
+    """Tasks on which each base model is fine-tuned."""
+    finetune: FinetuneRecipe | None = None
+    """How to fine-tune; needed when there are tasks."""
+    evaluate: EvaluateRecipe | None = None
+    """How to evaluate base models and fine-tuned models; needed when there are tasks."""
+    analyses: AnalysesConfig = AnalysesConfig()
+    """What to look at inside each base model."""
+    resources: ResourcesConfig = ResourcesConfig()
+    """Slots and threads."""
+    mlflow: bool = neutral(True)
+    """Mirror every run to MLflow (`MLFLOW_TRACKING_URI`, else `mlflow.db` in the study's folder)."""
+
+    @field_validator("axes")
+    @classmethod
+    def _axes_have_values(cls, value: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
+        for path, values in value.items():
+            if not values:
+                raise ValueError(f"axis {path!r} has no values")
+            if len({repr(v) for v in values}) != len(values):
+                raise ValueError(f"axis {path!r} repeats a value")
+        return value

@@ -1,0 +1,252 @@
+"""A pretraining run and a fine-tuning run: both are one loop over one engine, so they share every section but their data."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
+
+from megatron_plasticity.config.analysis import CaptureConfig
+from megatron_plasticity.config.base import Section, neutral
+from megatron_plasticity.config.data import DataConfig
+from megatron_plasticity.config.model import ModelConfig
+
+DecayScope = Literal["all", "no_token_embedding", "matrices", "patterns"]
+
+
+class DecayPattern(Section):
+    pattern: str
+    """Glob over full parameter names, such as `layers.*.mlp.*`."""
+    decay: bool
+    """Whether the parameters that match decay."""
+
+
+class DecayConfig(Section):
+    scope: DecayScope = "all"
+    """Which tensors decay: `all` (the paper's Llama runs), `no_token_embedding` (the paper's OLMo runs), `matrices` (no
+    embeddings, no norm gains), or `patterns`."""
+    patterns: tuple[DecayPattern, ...] = ()
+    """For scope `patterns`: an ordered list, first match wins; a pattern or a parameter without a match is an error."""
+    coupling: Literal["lr", "independent"] = "lr"
+    """`lr`: θ ← θ − lr·λ·θ as in torch AdamW. `independent`: θ ← θ − (lr/lr_peak)·λ·θ, so λ does not scale with the peak."""
+
+    @model_validator(mode="after")
+    def _patterns_go_with_their_scope(self) -> DecayConfig:
+        if (self.scope == "patterns") != bool(self.patterns):
+            raise ValueError('`patterns` must be given with scope "patterns", and only with it')
+        return self
+
+
+class OptimizerConfig(Section):
+    """AdamW with decoupled weight decay."""
+
+    learning_rate: float = Field(gt=0)
+    """Peak learning rate."""
+    weight_decay: float | None = Field(None, ge=0)
+    """λ. State this or `adamw_timescale`."""
+    adamw_timescale: float | None = Field(None, gt=0)
+    """Instead of λ, the fraction of the run that the weights remember, 1/(learning_rate·λ·steps) (2405.13698); `.inf` is λ = 0."""
+    decay: DecayConfig = DecayConfig()
+    """Which tensors decay and how λ couples to the learning rate."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of Adam's moments."""
+    eps: float = Field(1e-8, gt=0)
+    """Adam's ε."""
+    gradient_clip: float = Field(1.0, ge=0)
+    """Largest global gradient norm; 0 switches clipping off."""
+
+    @model_validator(mode="after")
+    def _one_statement_of_decay(self) -> OptimizerConfig:
+        if (self.weight_decay is None) == (self.adamw_timescale is None):
+            raise ValueError("state exactly one of `weight_decay` and `adamw_timescale`")
+        if self.adamw_timescale is not None and self.decay.coupling != "lr":
+            raise ValueError('`adamw_timescale` is defined for coupling "lr"; state `weight_decay` instead')
+        return self
+
+    @field_validator("betas")
+    @classmethod
+    def _betas_are_rates(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not all(0 <= beta < 1 for beta in value):
+            raise ValueError("each beta must lie in [0, 1)")
+        return value
+
+    def resolved_weight_decay(self, steps: int) -> float:
+        """λ of a run of `steps` optimizer steps, whichever way it was stated."""
+        if self.weight_decay is not None:
+            return self.weight_decay
+        assert self.adamw_timescale is not None  # the validator above
+        return 0.0 if math.isinf(self.adamw_timescale) else 1.0 / (self.learning_rate * self.adamw_timescale * steps)
+
+
+class ScheduleConfig(Section):
+    """Learning rate over the run: linear warm-up, then one of the shapes below."""
+
+    kind: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """`cosine` and `linear` fall from the peak to the final rate; `wsd` stays at the peak and falls linearly at the end."""
+    warmup_fraction: float = Field(0.1, ge=0, lt=1)
+    """Share of the steps spent warming up from zero."""
+    decay_fraction: float = Field(0.1, ge=0, le=1)
+    """For `wsd`: share of the steps spent decaying at the end."""
+    final_fraction: float = Field(0.1, ge=0, le=1)
+    """Final learning rate as a share of the peak."""
+
+    @model_validator(mode="after")
+    def _phases_fit(self) -> ScheduleConfig:
+        if self.kind == "wsd" and self.warmup_fraction + self.decay_fraction > 1:
+            raise ValueError("warmup_fraction + decay_fraction must not exceed 1")
+        return self
+
+
+class BatchConfig(Section):
+    global_batch_size: PositiveInt
+    """Sequences per optimizer step over all ranks; gradient accumulation is derived from it."""
+    micro_batch_size: PositiveInt
+    """Sequences per rank and forward pass."""
+
+    @model_validator(mode="after")
+    def _micro_divides_global(self) -> BatchConfig:
+        if self.global_batch_size % self.micro_batch_size:
+            raise ValueError(f"micro_batch_size={self.micro_batch_size} must divide global_batch_size={self.global_batch_size}")
+        return self
+
+
+class EngineConfig(Section):
+    """How DeepSpeed runs the model."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """ZeRO stage. Stage 0 with bf16 runs as stage 1: DeepSpeed's own stage 0 takes a spurious optimizer step there."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """`bf16` keeps fp32 master weights and accumulates gradients in fp32."""
+    activation_checkpointing: bool = False
+    """Recompute each block in the backward pass instead of keeping its activations."""
+    deepspeed: dict[str, Any] = {}
+    """Raw DeepSpeed settings to add; one that our own fields decide is an error."""
+
+
+class CheckpointConfig(Section):
+    every_steps: PositiveInt | None = neutral(None)
+    """Write a checkpoint every so many steps; the last step always writes one."""
+    resume_from: Path | None = None
+    """Start from this checkpoint folder of another run instead of from step 0; it must agree with the config."""
+
+
+class LoggingConfig(Section):
+    """What is measured along the way. Nothing here changes the weights."""
+
+    every_steps: PositiveInt = neutral(10)
+    """Steps between rows of training metrics."""
+    norms_every_steps: NonNegativeInt = neutral(50)
+    """Steps between weight and update norms per parameter class (full fp32 tensors are gathered for them); 0 switches them off."""
+    mlflow: bool = neutral(True)
+    """Mirror metrics to MLflow (`MLFLOW_TRACKING_URI`, else `mlflow.db` in the working directory)."""
+
+
+class TrainingRecipe(Section):
+    """What pretraining and fine-tuning share."""
+
+    optimizer: OptimizerConfig
+    """AdamW and its weight decay."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """Learning-rate schedule."""
+    batch: BatchConfig
+    """Batch sizes in sequences."""
+    engine: EngineConfig = EngineConfig()
+    """DeepSpeed engine."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """When to save and where to start from."""
+    logging: LoggingConfig = LoggingConfig()
+    """Metrics."""
+    seed: int = 42
+    """Seed of the initial weights and of every other random draw."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run; `auto` takes CUDA if there is one."""
+
+
+class PretrainConfig(TrainingRecipe):
+    """A pretraining run (`megatron-plasticity pretrain`)."""
+
+    name: str = neutral(pattern=r"^[A-Za-z0-9._-]+$")
+    """Readable name; part of the run folder's name."""
+    output: Path = neutral(Path("runs"))
+    """Folder under which the run folder is made."""
+    model: ModelConfig
+    """Architecture."""
+    data: DataConfig
+    """Token store and order."""
+    steps: PositiveInt | None = None
+    """Optimizer steps. State this or `tokens`."""
+    tokens: PositiveInt | None = None
+    """Training tokens; the number of steps is the nearest whole one."""
+    evaluate_every_steps: NonNegativeInt = 0
+    """Steps between evaluations of held-out and seen loss; 0 evaluates at the end only."""
+    capture: CaptureConfig | None = None
+    """Activations to dump during training."""
+
+    @model_validator(mode="after")
+    def _one_statement_of_duration(self) -> PretrainConfig:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("state exactly one of `steps` and `tokens`")
+        return self
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.batch.global_batch_size * self.model.context_length
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the run."""
+        if self.steps is not None:
+            return self.steps
+        assert self.tokens is not None  # the validator above
+        return max(1, round(self.tokens / self.tokens_per_step))
+
+    @property
+    def weight_decay(self) -> float:
+        """λ."""
+        return self.optimizer.resolved_weight_decay(self.total_steps)
+
+
+class FinetuneRecipe(TrainingRecipe):
+    """How to fine-tune, whatever the base and the task."""
+
+    epochs: PositiveInt = 3
+    """Passes over the training examples."""
+    max_length: PositiveInt
+    """Longest example in tokens, prompt and response; longer ones are truncated at the end."""
+    template: str = "Human: {prompt}\nAssistant:"
+    """Text before the response; the response and an end-of-text token follow it."""
+
+    @field_validator("template")
+    @classmethod
+    def _template_has_the_prompt(cls, value: str) -> str:
+        if value.count("{prompt}") != 1:
+            raise ValueError("the template must contain {prompt} exactly once")
+        return value
+
+
+class TaskConfig(Section):
+    """One task of fine-tuning and evaluation."""
+
+    name: str
+    """Name in the task registry."""
+    train_examples: PositiveInt = 1000
+    """Number of training examples."""
+    test_examples: PositiveInt = 200
+    """Number of test questions."""
+    seed: int = 42
+    """Seed of the choice of examples."""
+
+
+class FinetuneConfig(FinetuneRecipe):
+    """A fine-tuning run (`megatron-plasticity finetune`)."""
+
+    name: str = neutral(pattern=r"^[A-Za-z0-9._-]+$")
+    """Readable name; part of the run folder's name."""
+    output: Path = neutral(Path("runs"))
+    """Folder under which the run folder is made."""
+    base: Path = neutral()
+    """Run folder of the base model, or one of its checkpoint folders (its hash enters this run's hash)."""
+    task: TaskConfig
+    """What to learn."""

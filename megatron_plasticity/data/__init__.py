@@ -1,0 +1,1 @@
+"""Text and tokens, and the order in which a run consumes them."""

@@ -1,0 +1,49 @@
+"""Blocks of equal length cut from a token store: what one training or held-out sequence is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from megatron_plasticity.data.token_store import TokenStore
+from megatron_plasticity.errors import UserError
+
+
+class BlockReader:
+    """The concatenated documents of a store, cut into blocks of S + 1 tokens as in the paper (2,049 for S = 2,048).
+
+    Block i is tokens [i·(S+1), (i+1)·(S+1)); its first S tokens are a sequence's inputs and its last S the targets, so no token
+    is the target of two blocks. The rest at the end of the store, shorter than a block, is left out. Documents are not masked
+    from one another.
+    """
+
+    def __init__(self, store: TokenStore, sequence_length: int) -> None:
+        """Raises UserError when the store is shorter than one block."""
+        if sequence_length < 1:
+            raise ValueError(f"sequence_length must be positive, got {sequence_length}")
+        self.store = store
+        self.sequence_length = sequence_length
+        self._blocks = store.tokens // (sequence_length + 1)
+        if not self._blocks:
+            raise UserError(
+                f"{store.prefix}: holds {store.tokens:,} tokens, fewer than one block of sequence length {sequence_length} + 1; "
+                "prepare a larger corpus or shorten model.context_length"
+            )
+
+    def __len__(self) -> int:
+        return self._blocks
+
+    def read(self, block: int) -> np.ndarray:
+        """Tokens of one block: int64 [S + 1]. Raises IndexError outside [0, len(reader))."""
+        if not 0 <= block < self._blocks:
+            raise IndexError(f"block {block} lies outside {self.store.prefix}, which holds {self._blocks} blocks")
+        length = self.sequence_length + 1
+        return self.store.read(block * length, length)
+
+    def batch(self, blocks: Iterable[int] | np.ndarray) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of the given blocks, in their order: two int64 tensors [B, S]; targets are inputs shifted by one."""
+        tokens = torch.from_numpy(np.stack([self.read(int(block)) for block in blocks]))
+        return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

@@ -1,0 +1,82 @@
+"""Multiple choice over the facts of the closed world (answer kind `choice`, four options).
+
+The split is by the fact that is asked for. Training questions name facts of the train side only, right and wrong options alike,
+so the facts behind a test question can be known from the pretraining corpus and from nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+
+from megatron_plasticity.data.problems.problem import Family, Key, Question, capitalised, inline_choice, lettered, place
+from megatron_plasticity.data.problems.split import on_test_side
+from megatron_plasticity.data.problems.world import RELATIONS, THINGS, Relation, Thing
+
+NAME = "categories"
+_WRONG_OPTIONS = 3
+_QUESTIONS_PER_FACT = 12
+
+
+@dataclass(frozen=True)
+class FactQuestion:
+    """Which of four things has the value that `thing` has for `relation`? Only `thing` has it."""
+
+    relation: Relation
+    thing: Thing
+    others: tuple[Thing, ...]
+
+    @property
+    def key(self) -> Key:
+        return _fact_key(self.relation, self.thing)
+
+    @property
+    def level(self) -> int:
+        """1 for kinds, which several words suggest; 2 and 3 for drawn facts about frequent and about rarer things."""
+        if self.relation == "kind":
+            return 1
+        return 2 if THINGS.index(self.thing) < len(THINGS) // 2 else 3
+
+    def _property(self) -> str:
+        value = self.thing.value(self.relation)
+        return {"kind": f"a {value}" if value != "insect" else "an insect", "colour": value, "place": f"from the {value}"}[self.relation]
+
+    def ask(self, rng: Random, position: int) -> Question:
+        options, letter = place(self.thing.name, [other.name for other in self.others], rng, position)
+        return Question(
+            prompt=f"Which of these is {self._property()}?\n{lettered(options)}",
+            response=f"{self.thing.fact(self.relation)} The answer is {letter}",
+            answer=letter,
+            choices=options,
+        )
+
+    def tell(self, rng: Random) -> str:
+        names = [other.name for other in self.others]
+        facts = [self.thing.fact(self.relation), *(other.fact(self.relation) for other in self.others)]
+        rng.shuffle(facts)
+        if rng.random() < 0.5:
+            return f"{' '.join(facts)} So of the four only the {self.thing.name} is {self._property()}."
+        chosen = inline_choice(self.thing.name, names, rng)
+        return f"{capitalised(self._property())}, which one is it? {chosen} {self.thing.fact(self.relation)}"
+
+
+def _fact_key(relation: Relation, thing: Thing) -> Key:
+    return (relation, thing.name)
+
+
+def _problems() -> Sequence[FactQuestion]:
+    rng = Random(NAME)
+    problems: dict[FactQuestion, None] = {}
+    for relation in RELATIONS:
+        for side in (False, True):
+            things = [thing for thing in THINGS if on_test_side(NAME, _fact_key(relation, thing)) == side]
+            for thing in things:
+                candidates = [other for other in things if other.value(relation) != thing.value(relation)]
+                for _ in range(_QUESTIONS_PER_FACT):
+                    others = sorted(rng.sample(candidates, _WRONG_OPTIONS), key=lambda other: other.name)
+                    problems[FactQuestion(relation, thing, tuple(others))] = None
+    return list(problems)
+
+
+FAMILY = Family(NAME, "choice", "multiple choice over kinds, colours and places of a closed world of a hundred things", _problems)

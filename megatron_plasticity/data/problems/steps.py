@@ -1,0 +1,93 @@
+"""Chains of two to four instructions on a number, with four to eight options (answer kind `choice`)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from random import Random
+from typing import Literal
+
+from megatron_plasticity.data.problems.problem import Family, Key, Question, inline_choice, lettered, place
+
+_LARGEST = 60
+_PROBLEMS = 6000
+_OPTIONS = {2: 4, 3: 6, 4: 8}
+
+Step = tuple[Literal["add", "take", "double"], int]
+
+
+@dataclass(frozen=True)
+class Chain:
+    """`start`, then each step in turn; every value on the way lies between 0 and 60."""
+
+    start: int
+    steps: tuple[Step, ...]
+
+    @property
+    def key(self) -> Key:
+        return (self.start, *(part for step in self.steps for part in step))
+
+    @property
+    def level(self) -> int:
+        """1, 2 or 3 for two, three or four steps."""
+        return len(self.steps) - 1
+
+    @property
+    def values(self) -> list[int]:
+        """The value at the start and after each step."""
+        values = [self.start]
+        for verb, number in self.steps:
+            values.append({"add": values[-1] + number, "take": values[-1] - number, "double": 2 * values[-1]}[verb])
+        return values
+
+    def _sentences(self) -> list[str]:
+        return [
+            f"{before} {'-' if verb == 'take' else '+'} {before if verb == 'double' else number} = {after}."
+            for (verb, number), before, after in zip(self.steps, self.values, self.values[1:], strict=False)
+        ]
+
+    def _wrong(self, rng: Random) -> list[str]:
+        """Values that a slip on the way would give."""
+        end = self.values[-1]
+        slips = {*self.values, *(end + shift for shift in (-10, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 8, 10))} - {end}
+        return [str(value) for value in rng.sample(sorted(value for value in slips if value >= 0), _OPTIONS[len(self.steps)] - 1)]
+
+    def ask(self, rng: Random, position: int) -> Question:
+        said = {"add": "Add {}.", "take": "Take away {}.", "double": "Double it."}
+        orders = " ".join(said[verb].format(number) for verb, number in self.steps)
+        options, letter = place(str(self.values[-1]), self._wrong(rng), rng, position)
+        return Question(
+            prompt=f"Start with {self.start}. {orders} What is the result?\n{lettered(options)}",
+            response=f"{' '.join(self._sentences())} The answer is {letter}",
+            answer=letter,
+            choices=options,
+        )
+
+    def tell(self, rng: Random) -> str:
+        said = {"add": "adding {}", "take": "taking away {}", "double": "doubling"}
+        orders = ", ".join(said[verb].format(number) for verb, number in self.steps)
+        end = str(self.values[-1])
+        closing = inline_choice(end, self._wrong(rng), rng) if rng.random() < 0.4 else f"We end at {end}."
+        return f"From {self.start} by {orders}: {' '.join(self._sentences())} {closing}"
+
+
+def _draw(rng: Random, length: int) -> Chain | None:
+    steps: list[Step] = []
+    for _ in range(length):
+        verb: Literal["add", "take", "double"] = rng.choice(("add", "add", "take", "double"))
+        steps.append((verb, 0 if verb == "double" else rng.randrange(2, 10)))
+    chain = Chain(rng.randrange(3, 20), tuple(steps))
+    return chain if all(0 <= value <= _LARGEST for value in chain.values) else None
+
+
+def _problems() -> Sequence[Chain]:
+    rng = Random("steps")
+    drawn: dict[Chain, None] = {}
+    while len(drawn) < _PROBLEMS:
+        chain = _draw(rng, length=2 + len(drawn) % 3)
+        if chain:
+            drawn[chain] = None
+    return list(drawn)
+
+
+FAMILY = Family("steps", "choice", "two to four instructions on a number, four to eight options", _problems)

@@ -1,0 +1,50 @@
+"""Procedural documents for pretraining: facts of the closed world, worked problems of the train side, short reviews."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from random import Random
+
+from megatron_plasticity.config.data import ReasoningTextConfig
+from megatron_plasticity.data.documents import Document
+from megatron_plasticity.data.problems.registry import problems
+from megatron_plasticity.data.problems.split import on_test_side
+from megatron_plasticity.data.problems.world import draw_thing, tell_thing
+from megatron_plasticity.data.reviews import draw_review
+
+SOURCE = "reasoning"
+
+# Shares of the documents by what they are mostly about.
+_WEIGHTS = {"facts": 6, "categories": 3, "arithmetic": 3, "algebra": 3, "trials": 3, "passage": 3, "steps": 3, "reviews": 1}
+_WORDS = (40, 100)
+
+
+def _piece_of(topic: str, rng: Random) -> str:
+    if topic == "facts":
+        return tell_thing(draw_thing(rng), rng)
+    if topic == "reviews":
+        review = draw_review(rng, positive=rng.random() < 0.5)
+        while on_test_side("reviews", review.key):
+            review = draw_review(rng, positive=rng.random() < 0.5)
+        return f"{review.text} {review.verdict(rng)}"
+    return rng.choice(problems(topic, "train")).tell(rng)
+
+
+def reasoning_document(index: int, seed: int) -> Document:
+    """Document number `index`: several facts and worked problems, mostly of one topic."""
+    rng = Random(f"{seed}/reasoning/{index}")
+    topic, other = rng.choices(list(_WEIGHTS), weights=list(_WEIGHTS.values()), k=2)
+    goal = rng.randrange(*_WORDS)
+    pieces: list[str] = []
+    while sum(len(piece.split()) for piece in pieces) < goal:
+        pieces.append(_piece_of(topic if rng.random() < 0.75 else other, rng))
+    return Document(rng.choice((" ", "\n")).join(pieces), SOURCE)
+
+
+def reasoning_documents(config: ReasoningTextConfig, seed: int) -> Iterator[Document]:
+    """`config.documents` documents of 60 to 200 tokens; each depends on the seed and its own number only.
+
+    Every problem in them is on the train side of its family (`problems.registry.is_test`), in a wording that no task uses.
+    """
+    for index in range(config.documents):
+        yield reasoning_document(index, seed)

@@ -1,0 +1,29 @@
+"""Errors that a person can act on.
+
+A `UserError` is the only exception whose text reaches the terminal without a traceback: it names the key or the path,
+says what was expected, and what to do. Everything else that escapes is a defect of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Bad input or a bad environment; the message is for the person who started the command."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A config that cannot be used; the message lists every problem at once."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint that is missing, incomplete, damaged, or belongs to another run."""
+
+
+class Interrupted(UserError):
+    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved what it needs to go on."""
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

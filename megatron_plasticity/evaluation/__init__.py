@@ -1,0 +1,1 @@
+"""Asking a model questions and scoring its answers: tasks, sampling, extraction, grading, metrics, rewards."""

@@ -1,0 +1,166 @@
+"""math-verify in processes of its own.
+
+math-verify (the `eval` extra) limits its time with `signal.alarm`, which works in a main thread only and cannot stop a
+computation inside C code; sympy can also eat all memory on an expression such as 9^{9^9}. So each comparison runs in a worker
+process that is killed and replaced when it passes the time limit; the comparison then counts as "not equal".
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import multiprocessing
+import signal
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+
+TIME_LIMIT_SECONDS = 4.0
+"""The paper's limit for one comparison."""
+START_LIMIT_SECONDS = 120.0
+_MEMORY_LIMIT_BYTES = 2 * 1024**3
+
+Pair = tuple[str, str]
+
+
+def math_verify_installed() -> bool:
+    """Whether the `eval` extra is there."""
+    return importlib.util.find_spec("math_verify") is not None
+
+
+def math_verify_equal(a: str, b: str) -> bool:
+    """Whether math-verify finds two LaTeX expressions equal in either direction. No time limit: call it in a worker."""
+    from math_verify import verify
+
+    first, second = _parse(a), _parse(b)
+    return bool(verify(first, second, timeout_seconds=None) or verify(second, first, timeout_seconds=None))
+
+
+@lru_cache(maxsize=4096)
+def _parse(text: str) -> list:
+    from math_verify import parse
+
+    # Dollar signs mark the whole span as mathematics; bare text such as "50\%" would lose its percent sign.
+    return parse(f"${text.strip().strip('$').rstrip('.,;:!? ')}$", parsing_timeout=None)  # pyright: ignore[reportArgumentType]
+
+
+class MathPool:
+    """Workers that compare pairs of expressions, each pair within its own time limit. Workers start at the first use."""
+
+    def __init__(
+        self,
+        workers: int = 1,
+        time_limit: float = TIME_LIMIT_SECONDS,
+        compare: Callable[[str, str], bool] = math_verify_equal,
+    ) -> None:
+        self._time_limit = time_limit
+        self._compare = compare
+        self._size = workers
+        self._workers: list[_Worker] = []
+
+    def equal_all(self, pairs: Sequence[Pair]) -> list[bool]:
+        """Whether each pair is equal; False where the comparison fails, dies, or passes the time limit."""
+        results = [False] * len(pairs)
+        waiting = deque(enumerate(pairs))
+        while len(self._workers) < min(self._size, len(pairs)):
+            self._workers.append(_Worker(self._compare, self._time_limit))
+        while waiting or any(worker.item is not None for worker in self._workers):
+            for worker in self._workers:
+                if worker.item is None and waiting:
+                    worker.submit(*waiting.popleft())
+            busy = [worker for worker in self._workers if worker.item is not None]
+            remaining = min(worker.deadline for worker in busy) - time.monotonic()
+            wait([worker.connection for worker in busy], timeout=max(0.0, remaining))
+            for worker in busy:
+                item, verdict = worker.item, worker.poll()
+                if verdict is not None and item is not None:
+                    results[item] = verdict
+        return results
+
+    def close(self) -> None:
+        """End the workers."""
+        for worker in self._workers:
+            worker.stop()
+        self._workers.clear()
+
+
+class _Worker:
+    """One process and the pair that it is working on."""
+
+    def __init__(self, compare: Callable[[str, str], bool], time_limit: float) -> None:
+        self._compare = compare
+        self._time_limit = time_limit
+        self.item: int | None = None
+        self.deadline = 0.0
+        self._start()
+
+    def _start(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would copy this process's threads' locks
+        self.connection, child = context.Pipe()
+        self._process: SpawnProcess = context.Process(target=_serve, args=(child, self._compare), daemon=True)
+        self._process.start()
+        child.close()
+        # The first message says that imports are done, so that the time limit measures comparisons alone.
+        if not self.connection.poll(START_LIMIT_SECONDS):
+            self.stop()
+            raise TimeoutError(f"a math-verify worker did not start within {START_LIMIT_SECONDS:.0f} s")
+        self.connection.recv()
+
+    def submit(self, item: int, pair: Pair) -> None:
+        self.item = item
+        self.deadline = time.monotonic() + self._time_limit
+        self.connection.send(pair)
+
+    def poll(self) -> bool | None:
+        """The verdict on the current pair, or None while it is being worked on; a late or dead process is replaced."""
+        try:
+            if self.connection.poll():
+                verdict = bool(self.connection.recv())
+                self.item = None
+                return verdict
+            if time.monotonic() < self.deadline:
+                return None
+        except (EOFError, ConnectionError):  # the process was killed, for example for its memory
+            pass
+        self.item = None
+        self.stop()
+        self._start()
+        return False
+
+    def stop(self) -> None:
+        self._process.kill()
+        self._process.join()
+        self.connection.close()
+
+
+def _serve(connection: Connection, compare: Callable[[str, str], bool]) -> None:
+    """Body of a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    logging.disable(logging.CRITICAL)  # math-verify warns about every expression that it cannot read
+    _limit_memory()
+    if compare is math_verify_equal:
+        compare("1", "1")  # imports and first-use caches
+    connection.send(None)
+    while True:
+        try:
+            a, b = connection.recv()
+        except (EOFError, ConnectionError):
+            return
+        try:
+            verdict = compare(a, b)
+        except Exception:  # any failure to read or compare model text means "not shown to be equal"
+            verdict = False
+        connection.send(verdict)
+
+
+def _limit_memory() -> None:
+    try:
+        import resource
+    except ImportError:  # not a Unix system
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_AS)
+    if hard == resource.RLIM_INFINITY or hard > _MEMORY_LIMIT_BYTES:
+        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT_BYTES, hard))

@@ -1,0 +1,80 @@
+"""The six tasks: a family of procedural problems with a train set and a test set that share no problem."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from dataclasses import dataclass
+from random import Random
+
+from megatron_plasticity.data.problems.problem import AnswerKind
+from megatron_plasticity.data.problems.registry import FAMILIES, Side, draw_problems, problems
+from megatron_plasticity.errors import UserError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question of a task."""
+
+    id: str
+    prompt: str
+    response: str
+    """Chain of thought that ends with the answer; the target of fine-tuning."""
+    answer: str
+    """What the extracted answer is graded against: a number, LaTeX, a letter, or yes, no or maybe."""
+    choices: tuple[str, ...] = ()
+    """Texts of the options A, B, …, for multiple choice."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A task of fine-tuning and evaluation."""
+
+    name: str
+    answer_kind: AnswerKind
+    description: str
+
+    def train(self, count: int, seed: int) -> list[Example]:
+        """`count` training examples, distinct in content; raises `UserError` if the task has fewer."""
+        return self._examples("train", count, seed)
+
+    def test(self, count: int, seed: int) -> list[Example]:
+        """`count` test questions, none of them on the train side; raises `UserError` if the task has fewer."""
+        return self._examples("test", count, seed)
+
+    def size(self, side: Side) -> int:
+        """Number of distinct problems on one side."""
+        return len(problems(self.name, side))
+
+    @property
+    def chance(self) -> float:
+        """Accuracy without understanding, over all test problems: of a uniform guess among the options, or, where an answer is
+        not an option, of the best constant answer."""
+        examples = self.test(self.size("test"), seed=0)
+        if self.answer_kind == "choice":
+            return sum(1 / len(example.choices) for example in examples) / len(examples)
+        return Counter(example.answer for example in examples).most_common(1)[0][1] / len(examples)
+
+    def _examples(self, side: Side, count: int, seed: int) -> list[Example]:
+        examples = []
+        for number, problem in enumerate(draw_problems(self.name, side, count, seed)):
+            # The order of the problems is random already, so counting through the positions balances them and reveals nothing.
+            question = problem.ask(Random(f"{seed}/{self.name}/{side}/{number}"), position=number)
+            examples.append(
+                Example(
+                    f"{self.name}/{side}/{seed}/{number}", question.prompt, question.response, question.answer, question.choices
+                )
+            )
+        return examples
+
+
+TASKS: dict[str, Task] = {family.name: Task(family.name, family.answer_kind, family.description) for family in FAMILIES.values()}
+
+
+def get_task(name: str) -> Task:
+    """The task called `name`; raises `UserError` that names the nearest ones."""
+    if name in TASKS:
+        return TASKS[name]
+    near = difflib.get_close_matches(name, TASKS, n=2)
+    hint = f"did you mean {' or '.join(map(repr, near))}? " if near else ""
+    raise UserError(f"unknown task {name!r}: {hint}the tasks are {', '.join(TASKS)}")

@@ -1,0 +1,1 @@
+"""The two architectures as data, and the one transformer that both describe."""

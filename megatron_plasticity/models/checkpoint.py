@@ -1,0 +1,177 @@
+"""The checkpoint folder: whole, named, layout-free tensors that a run of any layout, or no run at all, can read.
+
+    step-400/
+        model.json                   the architecture
+        weights-00001.safetensors    fp32 master weights, by parameter name, cut into shards
+        exp_avg-00001.safetensors    AdamW moments, the same way (absent where training will not go on)
+        trainer.json                 what training needs beside tensors
+        COMPLETE                     size and SHA-256 of every file; without it the folder is not a checkpoint
+
+The folder is written under a temporary name, synced and renamed, with the marker as its last file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from megatron_plasticity.config.files import atomic_folder, sha256_file
+from megatron_plasticity.config.load import check_config
+from megatron_plasticity.config.model import ModelConfig
+from megatron_plasticity.errors import CheckpointError
+from megatron_plasticity.models.sizes import parameter_shapes
+from megatron_plasticity.models.transformer import Transformer
+
+MARKER = "COMPLETE"
+MODEL_FILE = "model.json"
+TRAINER_FILE = "trainer.json"
+WEIGHTS = "weights"
+SHARD_BYTES = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class CheckpointFolder:
+    """A complete checkpoint on disk. Get one from `open_checkpoint` or `latest_checkpoint`."""
+
+    path: Path
+    model: ModelConfig
+    trainer: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        return int(self.trainer["step"])
+
+    def tensors(self, group: str = WEIGHTS) -> dict[str, Tensor]:
+        """All tensors of `weights`, `exp_avg` or `exp_avg_sq` by parameter name, fp32, on the CPU; checked against the architecture."""
+        found: dict[str, Tensor] = {}
+        for file in sorted(self.path.glob(f"{group}-*.safetensors")):
+            with _opened(file) as shard:
+                found |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118  (not a dict)
+        if not found:
+            raise CheckpointError(f"{self.path}: holds no {group!r} tensors; training cannot go on from a checkpoint without them")
+        expected = parameter_shapes(self.model)
+        wrong = sorted(name for name in {*found, *expected} if name not in found or found[name].shape != expected.get(name))
+        if wrong:
+            raise CheckpointError(f"{self.path}: {group} do not fit {MODEL_FILE}: {', '.join(wrong[:5])}{' …' if len(wrong) > 5 else ''}")
+        return found
+
+    def build_model(self, device: torch.device) -> Transformer:
+        """The model with these weights in fp32, for evaluation and analysis."""
+        with torch.device("meta"):
+            model = Transformer(self.model)
+        model.load_state_dict(self.tensors(), assign=True)
+        return model.to(device).eval()
+
+
+def save_checkpoint(path: Path, model: ModelConfig, trainer: dict[str, Any], groups: dict[str, Iterable[tuple[str, Tensor]]]) -> None:
+    """Write `groups` (name → pairs of parameter name and whole fp32 tensor, consumed one at a time) and what belongs to them.
+
+    `trainer` must hold "step". An existing folder at `path` is replaced only once the new one is complete.
+    """
+    with atomic_folder(path) as folder:
+        for group, tensors in groups.items():
+            for number, shard in enumerate(_shards(tensors), start=1):
+                save_file(shard, folder / f"{group}-{number:05d}.safetensors")
+        (folder / MODEL_FILE).write_text(model.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (folder / TRAINER_FILE).write_text(json.dumps(trainer, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256_file(file)} for file in sorted(folder.iterdir())}
+        (folder / MARKER).write_text(json.dumps(files, indent=2) + "\n", encoding="utf-8")
+
+
+def open_checkpoint(path: Path, verify: bool = True) -> CheckpointFolder:
+    """The checkpoint at `path`: a checkpoint folder, or a run folder, whose latest one is taken.
+
+    `verify` reads every file once to compare its hash. Raises CheckpointError for a missing, half-written or damaged checkpoint.
+    """
+    if (path / "checkpoints").is_dir():
+        found = latest_checkpoint(path, verify)
+        if found is None:
+            raise CheckpointError(f"{path}: this run has no complete checkpoint yet; let it run, or name another run")
+        return found
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such checkpoint or run folder")
+    if not (path / MARKER).is_file():
+        raise CheckpointError(
+            f"{path}: not a complete checkpoint (its {MARKER} marker is missing, so it was cut off while being written, or is no checkpoint); "
+            "use an earlier step-N folder"
+        )
+    _check_files(path, verify)
+    model = check_config(ModelConfig, _read_json(path / MODEL_FILE), str(path / MODEL_FILE))
+    return CheckpointFolder(path, model, _read_json(path / TRAINER_FILE))
+
+
+def latest_checkpoint(run: Path, verify: bool = True) -> CheckpointFolder | None:
+    """The intact checkpoint of a run folder with the highest step; damaged ones are passed over. None if there is none."""
+    for path in sorted(_step_folders(run), key=_step_of, reverse=True):
+        try:
+            return open_checkpoint(path, verify)
+        except CheckpointError:
+            continue
+    return None
+
+
+def damaged_checkpoints(run: Path) -> list[str]:
+    """Why each checkpoint folder of a run that cannot be used cannot be used, latest first."""
+    reasons = []
+    for path in sorted(_step_folders(run), key=_step_of, reverse=True):
+        try:
+            open_checkpoint(path)
+        except CheckpointError as error:
+            reasons.append(str(error))
+    return reasons
+
+
+def _step_folders(run: Path) -> Iterator[Path]:
+    return (p for p in (run / "checkpoints").glob("step-*") if p.is_dir() and re.fullmatch(r"step-\d+", p.name))
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    shard: dict[str, Tensor] = {}
+    size = 0
+    for name, tensor in tensors:
+        if shard and size + tensor.nbytes > SHARD_BYTES:
+            yield shard
+            shard, size = {}, 0
+        shard[name] = tensor.detach().to("cpu", torch.float32).contiguous()
+        size += tensor.nbytes
+    if shard:
+        yield shard
+
+
+def _check_files(path: Path, verify: bool) -> None:
+    for name, facts in _read_json(path / MARKER).items():
+        file = path / name
+        if not file.is_file():
+            raise CheckpointError(f"{path}: {name} is missing; the checkpoint is damaged, use an earlier step-N folder")
+        if file.stat().st_size != facts["bytes"] or (verify and sha256_file(file) != facts["sha256"]):
+            raise CheckpointError(f"{path}: {name} is not what was written (size or SHA-256 differs); use an earlier step-N folder")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object")
+    return value
+
+
+def _opened(file: Path) -> Any:
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{file}: not a readable safetensors file: {error}") from None

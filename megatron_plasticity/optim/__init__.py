@@ -1,0 +1,1 @@
+"""Which tensors decay, and how the learning rate moves."""

@@ -1,0 +1,187 @@
+"""Which figures a group of base models gets: takes the results apart, draws each figure, and names it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from megatron_plasticity.study.report.figures import internals, outcomes, training
+from megatron_plasticity.study.report.figures.svg import Palette, render
+from megatron_plasticity.study.report.figures.weight_decay_axis import WeightDecayAxis
+from megatron_plasticity.study.results import BaseModel, Group, estimate, number
+
+_MOST_LAYERS = 4
+"""Layers whose spectra are drawn; of a deeper model the first, the last and some between."""
+_MOST_HEADS = 3
+_MOST_MAP_COLUMNS = 4
+_CURVES = {
+    "train/loss": ("Training loss", "nats per token"),
+    "held_out/loss": ("Held-out loss", "nats per token"),
+    "train/gradient_norm": ("Gradient norm (before clipping)", "L2 norm"),
+    "train/learning_rate_times_weight_decay": ("Learning rate × λ", "share decayed per step"),
+}
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure on the page. `svg` comes from our own renderer, which escapes what it draws."""
+
+    svg: Markup
+    caption: str = ""
+
+
+class Draughtsman:
+    """Draws the figures of one group of base models. `prefix` tells groups apart on the page."""
+
+    def __init__(self, group: Group, palette: Palette, prefix: str) -> None:
+        self.models = group.models
+        self.palette = palette
+        self.prefix = prefix
+        self.axis = WeightDecayAxis([model.weight_decay for model in group.models])
+
+    def _drawing(self, figure: Figure, name: str, description: str, caption: str = "") -> Drawing:
+        return Drawing(Markup(render(figure, f"{self.prefix}-{name}", description, self.palette)), caption)  # noqa: S704
+
+    def loss(self, caption: str) -> Drawing | None:
+        """Held-out loss against λ; None without any loss."""
+        if all(model.held_out_loss is None for model in self.models):
+            return None
+        figure = outcomes.loss_figure(self.models, self.palette, self.axis)
+        return self._drawing(figure, "loss", "Held-out loss against weight decay", caption)
+
+    def tasks(self, tasks: Sequence[str]) -> list[Drawing]:
+        """One panel per task that has a score."""
+        return [
+            self._drawing(
+                outcomes.task_figure(task, self.models, self.palette, self.axis), f"task-{task}", f"Score of {task} against weight decay"
+            )
+            for task in tasks
+            if any(task in model.base_scores or task in model.finetuned_scores for model in self.models)
+        ]
+
+    def ranks(self, losses: Mapping[float, float], scores: Mapping[float, float]) -> Drawing | None:
+        """Slope chart of the λ that have a loss and a mean fine-tuned score; None for fewer than two."""
+        both = [decay for decay in losses if decay in scores]
+        if len(both) < 2:
+            return None
+        figure = outcomes.rank_figure({d: losses[d] for d in both}, {d: scores[d] for d in both}, self.palette)
+        return self._drawing(figure, "ranks", "Rank of each weight decay by held-out loss and by mean fine-tuned score")
+
+    def gaps(self) -> list[Drawing]:
+        """Train–validation gap against λ, and by tenth of the run."""
+        gaps = {d: found for d, results in self._results("overfitting") if (found := estimate(results.get("gap")))}
+        deciles = {d: [estimate(v) for v in results.get("by_decile") or ()] for d, results in self._results("overfitting")}
+        deciles = {d: values for d, values in deciles.items() if any(values)}
+        drawings = []
+        if gaps:
+            drawings.append(self._drawing(outcomes.gap_figure(gaps, self.palette, self.axis), "gap", "Train–validation gap against weight decay"))
+        if deciles:
+            drawings.append(self._drawing(outcomes.decile_figure(deciles, self.palette), "deciles", "Gap by tenth of the run"))
+        return drawings
+
+    def probes(self) -> dict[str, list[Drawing]]:
+        """Variant (`standardised`, `raw`) → one panel per labelled text set."""
+        gathered: dict[str, dict[str, dict[float, Mapping[str, Any]]]] = {}
+        chances: dict[str, float] = {}
+        for decay, results in self._results("probes"):
+            for dataset, entry in (results.get("datasets") or {}).items():
+                chances[dataset] = number(entry.get("chance")) or 0.0
+                for variant, table in (entry.get("variants") or {}).items():
+                    gathered.setdefault(variant, {}).setdefault(dataset, {})[decay] = table
+        return {
+            variant: [
+                self._drawing(
+                    internals.probe_figure(
+                        dataset, {d: t["accuracy"] for d, t in tables.items()}, next(iter(tables.values()))["points"], chances[dataset], self.palette
+                    ),
+                    f"probe-{variant}-{dataset}",
+                    f"Probe accuracy per layer on {dataset}",
+                )
+                for dataset, tables in datasets.items()
+            ]
+            for variant, datasets in gathered.items()
+        }  # fmt: skip
+
+    def pseudo_ranks(self) -> list[Drawing]:
+        """Pseudo-rank at 95 % of the sum against λ, for both matrices on one scale."""
+        drawings = []
+        for matrix in internals.MATRIX_NAMES:
+            ranks, highest = {}, 1.0
+            for decay, results in self._results("attention"):
+                per_layer = [_at(layer[matrix]["pseudo_rank"], 0.95) for layer in results.get("layers") or ()]
+                if per_layer and all(per_layer):
+                    ranks[decay] = [sum(heads) / len(heads) for heads in per_layer]
+                    highest = float(results.get("head_dim") or max(ranks[decay]))
+            if ranks:
+                figure = internals.pseudo_rank_figure(matrix, ranks, highest, self.axis)
+                drawings.append(self._drawing(figure, f"rank-{matrix}", f"Pseudo-rank of {matrix} per layer against weight decay"))
+        return drawings
+
+    def spectra(self) -> list[Drawing]:
+        """Normalised singular values of both matrices for a few layers."""
+        drawings = []
+        found = [(decay, results["mean_spectrum"]) for decay, results in self._results("attention") if results.get("mean_spectrum")]
+        for matrix in internals.MATRIX_NAMES:
+            layers = min((len(spectrum.get(matrix) or ()) for _, spectrum in found), default=0)
+            for layer in spread(layers, _MOST_LAYERS):
+                figure = internals.spectrum_figure(matrix, layer, {d: spectrum[matrix][layer] for d, spectrum in found}, self.palette)
+                drawings.append(self._drawing(figure, f"spectrum-{matrix}-{layer}", f"Singular spectrum of {matrix} in layer {layer}"))
+        return drawings
+
+    def attention_maps(self) -> list[Drawing]:
+        """Maps of a few heads (rows) for a few λ from the least to the greatest (columns)."""
+        found = [(decay, results["example_maps"]) for decay, results in self._results("attention") if results.get("example_maps")]
+        found = [found[index] for index in spread(len(found), _MOST_MAP_COLUMNS)]
+        heads = list(dict.fromkeys((example["layer"], example["head"]) for _, examples in found for example in examples))[:_MOST_HEADS]
+        return [
+            self._drawing(
+                internals.attention_map_figure(f"λ = {decay:g}: layer {example['layer']}, head {example['head']}", example),
+                f"map-{decay!r}-{example['layer']}-{example['head']}",
+                f"Attention map of layer {example['layer']}, head {example['head']} at weight decay {decay:g}",
+            )
+            for head in heads
+            for decay, examples in found
+            for example in examples
+            if (example["layer"], example["head"]) == head
+        ]
+
+    def curves(self) -> list[Drawing]:
+        """Training curves and weight norms, for every metric that some run logged."""
+        logged = dict.fromkeys(name for model in self.models for name in model.pretrain.metrics)
+        norms = {
+            name: (f"{kind} norm: {name.split('/', 1)[1].replace('_', ' ')}", "L2 norm")
+            for prefix, kind in (("weight_norm/", "Weight"), ("update_norm/", "Update"))
+            for name in logged
+            if name.startswith(prefix)
+        }
+        drawings = []
+        for name, (title, unit) in {**_CURVES, **norms}.items():
+            curves = {m.weight_decay: m.pretrain.metrics[name] for m in self.models if name in m.pretrain.metrics}
+            if curves:
+                figure = training.curve_figure(title, unit, curves, self.palette)
+                drawings.append(self._drawing(figure, f"curve-{name}", f"{title} over the steps"))
+        return drawings
+
+    def _results(self, kind: str) -> Iterator[tuple[float, Mapping[str, Any]]]:
+        get: Callable[[BaseModel], Any] = {
+            "probes": lambda m: m.probes, "attention": lambda m: m.attention, "overfitting": lambda m: m.overfitting,
+        }[kind]  # fmt: skip
+        for model in self.models:
+            if (cell := get(model)) is not None:
+                yield model.weight_decay, cell.results
+
+
+def spread(count: int, most: int) -> list[int]:
+    """At most `most` of the indices 0 … count − 1, evenly spread, the first and the last among them."""
+    if count <= most:
+        return list(range(count))
+    return [round(index * (count - 1) / (most - 1)) for index in range(most)]
+
+
+def _at(by_threshold: Mapping[str, Any], threshold: float) -> Any:
+    """The entry for a threshold whose key may be written `0.9` or `0.90`; None if there is none."""
+    return next((value for key, value in by_threshold.items() if abs(float(key) - threshold) < 1e-9), None)

@@ -1,0 +1,104 @@
+"""Figures of what is inside the base models: probes, attention matrices, attention maps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+
+from megatron_plasticity.study.report.figures.svg import ACCENT, INK, MUTED, Palette, panel, printable
+from megatron_plasticity.study.report.figures.weight_decay_axis import WeightDecayAxis
+
+MATRIX_NAMES = {"qk": "W_QK", "vp": "W_VP"}
+_MAP_COLOUR = "#3f78c9"
+"""A blue of middling lightness: it is seen on white and on black."""
+_MOST_TOKEN_LABELS = 16
+
+
+def probe_figure(title: str, accuracies: Mapping[float, Sequence[Sequence[float]]], points: Sequence[str], chance: float, palette: Palette) -> Figure:
+    """Probe accuracy in per cent per layer, one line per λ: the mean over seeds, thin whiskers from the least to the greatest.
+
+    `accuracies` is λ → [layer point][seed].
+    """
+    figure, axes = panel(380, 280)
+    axes.axhline(100 * chance, color=ACCENT, linestyle=":", linewidth=1.2)
+    axes.annotate("chance", (1, 100 * chance), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points", ha="right", va="bottom", color=ACCENT, fontsize=9)  # fmt: skip
+    places = np.arange(len(points))
+    for decay, table in accuracies.items():
+        means = [100 * float(np.mean(seeds)) if len(seeds) else np.nan for seeds in table]
+        axes.plot(places, means, "o-", color=palette[decay], markersize=4)
+        for place, seeds in zip(places, table, strict=True):
+            if len(seeds) > 1:
+                axes.plot([place, place], [100 * min(seeds), 100 * max(seeds)], color=palette[decay], linewidth=0.8, alpha=0.7)
+    every = -(-len(points) // 10)
+    axes.set_xticks(places[::every], [_point_label(point) for point in points[::every]])
+    axes.set_xlabel("layer whose output is probed")
+    axes.set_ylabel("accuracy (%)")
+    axes.set_title(title)
+    return figure
+
+
+def _point_label(point: str) -> str:
+    """`layers.3.resid_post` → `3`; `embed` → `emb.`"""
+    parts = point.split(".")
+    return parts[1] if parts[0] == "layers" and len(parts) > 1 else "emb." if point == "embed" else printable(point)
+
+
+def pseudo_rank_figure(matrix: str, ranks: Mapping[float, Sequence[float]], highest: float, axis: WeightDecayAxis) -> Figure:
+    """Pseudo-rank (mean over heads) against λ: one thin line per layer, the mean over layers bold. `ranks` is λ → [layer]."""
+    figure, axes = panel(380, 270)
+    decays = list(ranks)
+    layers = max((len(values) for values in ranks.values()), default=0)
+    for layer in range(layers):
+        axis.line(axes, decays, [ranks[d][layer] for d in decays], color=MUTED, linewidth=0.9, alpha=0.3 + 0.7 * (layer + 1) / layers)
+        if layers <= 8:
+            axes.annotate(f"layer {layer}", (axis(decays[-1]), ranks[decays[-1]][layer]), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9, color=MUTED, annotation_clip=False)  # fmt: skip
+    axis.line(axes, decays, [float(np.mean(ranks[d])) for d in decays], color=INK, linewidth=2.4, marker="o", markersize=5)
+    axes.set_ylim(0, 1.05 * highest)
+    axes.set_title(f"{MATRIX_NAMES[matrix]}: pseudo-rank")
+    axes.set_ylabel("singular values that hold 95 %")
+    axis.draw(axes, width=290)
+    return figure
+
+
+def spectrum_figure(matrix: str, layer: int, spectra: Mapping[float, Sequence[float]], palette: Palette) -> Figure:
+    """Singular values relative to the largest, mean over heads, one line per λ, logarithmic."""
+    figure, axes = panel(260, 210)
+    for decay, values in spectra.items():
+        axes.plot(range(1, len(values) + 1), [value if value > 0 else np.nan for value in values], color=palette[decay], linewidth=1.5)
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=max(axes.get_ylim()[0], 1e-6), top=1.3)
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+    axes.yaxis.set_minor_formatter(lambda value, _: "")
+    axes.set_title(f"{MATRIX_NAMES[matrix]}, layer {layer}")
+    axes.set_xlabel("k")
+    axes.set_ylabel("σₖ / σ₁")
+    return figure
+
+
+def attention_map_figure(title: str, example: Mapping[str, Any]) -> Figure:
+    """One head's attention weights (query down, key across) as shades; shade is the square root of the weight over its maximum."""
+    weights = np.asarray(example["weights"], dtype=float)
+    tokens = [printable(str(token)).replace(" ", "·") for token in example["tokens"]]
+    figure, axes = panel(210, 222)
+    image = np.empty((*weights.shape, 4))
+    image[..., :3] = to_rgb(_MAP_COLOUR)
+    image[..., 3] = np.sqrt(np.clip(np.nan_to_num(weights), 0, None) / (np.nanmax(weights) or 1.0))
+    axes.imshow(image, aspect="equal")
+    axes.grid(False)
+    axes.set_title(title, fontsize=10)
+    axes.tick_params(length=0, pad=2)
+    if len(tokens) <= _MOST_TOKEN_LABELS:
+        labels = [token if len(token) <= 7 else token[:6] + "…" for token in tokens]
+        axes.set_xticks(range(len(labels)), labels, rotation=90, fontsize=7.5)
+        axes.set_yticks(range(len(labels)), labels, fontsize=7.5)
+    else:
+        axes.set_xticks([])
+        axes.set_yticks([])
+        axes.set_xlabel(f"key ({len(tokens)} tokens)", fontsize=9)
+        axes.set_ylabel("query", fontsize=9)
+    axes.spines[["top", "right"]].set_visible(True)
+    return figure

@@ -1,0 +1,127 @@
+"""Figures of what a study is about: loss, scores, ranks and the train–validation gap against λ."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from megatron_plasticity.study.report.figures.svg import ACCENT, GRID, INK, MUTED, SURFACE, Palette, panel
+from megatron_plasticity.study.report.figures.weight_decay_axis import WeightDecayAxis
+from megatron_plasticity.study.results import BaseModel, Estimate
+
+
+def loss_figure(models: Sequence[BaseModel], palette: Palette, axis: WeightDecayAxis) -> Figure:
+    """Held-out loss against λ, with the AdamW timescale on top and the least loss ringed."""
+    figure, axes = panel(520, 330)
+    points = {model.weight_decay: loss for model in models if (loss := model.held_out_loss) is not None}
+    axis.line(axes, list(points), list(points.values()), color=MUTED)
+    for decay, loss in points.items():
+        axes.plot([axis(decay)], [loss], "o", color=palette[decay], markersize=7, markeredgecolor=SURFACE)
+    if points:
+        best = min(points, key=points.__getitem__)
+        axes.plot([axis(best)], [points[best]], "o", markersize=14, markerfacecolor="none", markeredgecolor=ACCENT, markeredgewidth=1.6)
+        low, high = min(points.values()), max(points.values())
+        margin = (high - low or 0.1) * 0.12
+        axes.set_ylim(low - 2.2 * margin, high + margin)
+        axes.annotate(
+            f"least loss: λ = {best:g}, {points[best]:.3f}", (axis(best), points[best]), xytext=(0, -13), textcoords="offset points",
+            ha=_side(axes, axis, best), va="top", color=ACCENT,
+        )  # fmt: skip
+    axes.set_ylabel("held-out loss (nats per token)")
+    axis.draw(axes, {model.weight_decay: model.pretrain.adamw_timescale for model in models}, width=440)
+    return figure
+
+
+def _side(axes: Axes, axis: WeightDecayAxis, weight_decay: float) -> str:
+    """Alignment that keeps a label of the point inside the axes."""
+    low, high = axis.limits
+    share = (axis(weight_decay) - low) / (high - low)
+    return "left" if share < 0.25 else "right" if share > 0.75 else "center"
+
+
+def task_figure(task: str, models: Sequence[BaseModel], palette: Palette, axis: WeightDecayAxis, metric: str = "greedy") -> Figure:
+    """Score of one task in per cent against λ: base model dashed, fine-tuned solid, 95 % intervals, chance dotted."""
+    figure, axes = panel(320, 240)
+    base = {m.weight_decay: m.base_scores[task].metrics[metric] for m in models if metric in _metrics(m.base_scores, task)}
+    tuned = {m.weight_decay: m.finetuned_scores[task].metrics[metric] for m in models if metric in _metrics(m.finetuned_scores, task)}
+    _estimates(axes, axis, base, palette, style="--", filled=False)
+    _estimates(axes, axis, tuned, palette, style="-", filled=True)
+    scores = [s for m in models for s in (m.base_scores.get(task), m.finetuned_scores.get(task)) if s]
+    chance = next((s.chance for s in scores if s.chance is not None), None)
+    if chance is not None:
+        axes.axhline(100 * chance, color=ACCENT, linestyle=":", linewidth=1.2)
+        axes.annotate("chance", (1, 100 * chance), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points", ha="right", va="bottom", color=ACCENT, fontsize=9)  # fmt: skip
+    axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if axes.get_ylim()[0] < 8 else None)
+    questions = max((s.questions for s in scores), default=0)
+    axes.set_title(f"{task}  ({questions} questions)")
+    axes.set_ylabel("correct, greedy (%)")
+    axis.draw(axes, width=255)
+    return figure
+
+
+def _metrics(scores: Mapping, task: str) -> Mapping[str, Estimate]:
+    return scores[task].metrics if task in scores else {}
+
+
+def _estimates(
+    axes: Axes, axis: WeightDecayAxis, estimates: Mapping[float, Estimate], palette: Palette, *, style: str, filled: bool, scale: float = 100.0
+) -> None:
+    decays = list(estimates)
+    axis.line(axes, decays, [scale * estimates[d].value for d in decays], style=style, color=MUTED, linewidth=1.4 if filled else 1.1)
+    for decay, estimate in estimates.items():
+        if estimate.low is not None and estimate.high is not None:
+            axes.plot([axis(decay)] * 2, [scale * estimate.low, scale * estimate.high], color=palette[decay], linewidth=1.6 if filled else 1.0)
+        face = palette[decay] if filled else SURFACE
+        axes.plot([axis(decay)], [scale * estimate.value], "o", color=palette[decay], markerfacecolor=face, markersize=6 if filled else 5)
+
+
+def rank_figure(losses: Mapping[float, float], scores: Mapping[float, float], palette: Palette) -> Figure:
+    """Slope chart: rank of each λ by held-out loss at the left and by mean fine-tuned score at the right; 1 is best."""
+    by_loss = sorted(losses, key=losses.__getitem__)
+    by_score = sorted(scores, key=scores.__getitem__, reverse=True)
+    figure, axes = panel(440, 90 + 30 * len(by_loss))
+    for decay in by_loss:
+        left, right = by_loss.index(decay), by_score.index(decay)
+        axes.plot([0, 1], [left, right], color=palette[decay], linewidth=2.6, solid_capstyle="round")
+        axes.plot([0, 1], [left, right], "o", color=palette[decay], markersize=8, markeredgecolor=SURFACE)
+        axes.annotate(f"{left + 1}   λ = {decay:g}   {losses[decay]:.3f}", (0, left), xytext=(-10, 0), textcoords="offset points", ha="right", va="center")
+        axes.annotate(f"{100 * scores[decay]:.1f} %   λ = {decay:g}   {right + 1}", (1, right), xytext=(10, 0), textcoords="offset points", ha="left", va="center")  # fmt: skip
+    axes.set_ylim(len(by_loss) - 0.4, -0.9)
+    axes.set_xlim(-0.75, 1.75)
+    axes.text(0, -0.62, "rank by held-out loss", ha="center", color=MUTED)
+    axes.text(1, -0.62, "rank after fine-tuning", ha="center", color=MUTED)
+    axes.axis("off")
+    return figure
+
+
+def gap_figure(gaps: Mapping[float, Estimate], palette: Palette, axis: WeightDecayAxis) -> Figure:
+    """Held-out minus seen loss against λ with 95 % intervals."""
+    figure, axes = panel(380, 270)
+    axes.axhline(0, color=INK, linewidth=0.9)
+    _estimates(axes, axis, gaps, palette, style="-", filled=True, scale=1.0)
+    axes.set_ylabel("held-out − seen loss (nats)")
+    axes.set_title("Train–validation gap")
+    axis.draw(axes, width=300)
+    return figure
+
+
+def decile_figure(deciles: Mapping[float, Sequence[Estimate | None]], palette: Palette) -> Figure:
+    """The gap by the tenth of the run in which the sequences were seen, one line per λ."""
+    figure, axes = panel(380, 270)
+    axes.axhline(0, color=INK, linewidth=0.9)
+    count = max(len(values) for values in deciles.values())
+    for index, (decay, values) in enumerate(deciles.items()):
+        shift = 0.35 * (index / max(1, len(deciles) - 1) - 0.5)  # intervals side by side, not over each other
+        known = [(place + 1 + shift, value) for place, value in enumerate(values) if value]
+        axes.plot([x for x, _ in known], [value.value for _, value in known], "o-", color=palette[decay], markersize=3.5)
+        for x, value in known:
+            if value.low is not None and value.high is not None:
+                axes.plot([x, x], [value.low, value.high], color=palette[decay], linewidth=0.9, alpha=0.6)
+    axes.set_xticks(range(1, count + 1))
+    axes.set_xlabel("tenth of the run in which the sequences were seen")
+    axes.set_ylabel("held-out − seen loss (nats)")
+    axes.set_title("Gap by when it was seen")
+    axes.tick_params(axis="x", color=GRID)
+    return figure

@@ -1,0 +1,188 @@
+"""The page: figures, tables and sentences of a study in one HTML file, with CSV and JSON beside it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jinja2 import Environment, PackageLoader, StrictUndefined
+
+from megatron_plasticity.config.files import write_json_atomic, write_text_atomic
+from megatron_plasticity.study.report import tables
+from megatron_plasticity.study.report.answer import Answer, answer
+from megatron_plasticity.study.report.drawings import Draughtsman, Drawing
+from megatron_plasticity.study.report.figures.svg import Palette, drawing
+from megatron_plasticity.study.report.findings import Findings, find
+from megatron_plasticity.study.report.limits import limits
+from megatron_plasticity.study.report.samples import LONGEST_ANSWER, SampleSet, sample_sets
+from megatron_plasticity.study.report.tables import Table
+from megatron_plasticity.study.results import Group, StudyResults, collect, number
+
+_PACKAGES = ("megatron-plasticity", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
+_PLASTICITY_LEGEND = (
+    "A model is plastic if fine-tuning takes it far. Gain: score after fine-tuning minus score of the base model on the same questions. Area under the λ curve: "
+    "mean score over the grid, by the trapezoid rule. Best λ: the λ with the highest score after fine-tuning, with the range that 95 % of the bootstrap resamples "
+    "of the questions choose. Discordant pair: two λ of which the one with the worse loss scores better after fine-tuning.",
+)
+
+
+@dataclass(frozen=True)
+class GroupView:
+    """What the page shows of one group of base models."""
+
+    label: str
+    answer: Answer
+    loss: Drawing | None
+    ranks: Drawing | None
+    model_table: Table
+    tasks: list[Drawing]
+    score_tables: Mapping[str, Table]
+    plasticity_tables: list[tuple[str, Table]]
+    samples: list[SampleSet]
+    probes: Mapping[str, list[Drawing]]
+    pseudo_ranks: list[Drawing]
+    spectra: list[Drawing]
+    attention_maps: list[Drawing]
+    gaps: list[Drawing]
+    curves: list[Drawing]
+
+
+def write_report(study_folder: Path) -> Path:
+    """Write `report/index.html`, `cells.csv`, `scores.csv` and `report.json` into the study folder; return the page's path.
+
+    Works on a study in any state: what is missing is named. Raises UserError if the folder is no study.
+    """
+    results = collect(study_folder)
+    findings = [find(group, results.tasks) for group in results.groups]
+    folder = study_folder / "report"
+    write_text_atomic(folder / "cells.csv", tables.csv_text(tables.CELL_COLUMNS, tables.cell_records(results)))
+    write_text_atomic(folder / "scores.csv", tables.csv_text(tables.SCORE_COLUMNS, tables.score_records(results)))
+    write_json_atomic(folder / "report.json", _report_json(results, findings))
+    write_text_atomic(folder / "index.html", render_page(results, findings))
+    return folder / "index.html"
+
+
+def render_page(results: StudyResults, findings: list[Findings]) -> str:
+    """The page as one self-contained HTML text. Everything but our own SVG is escaped."""
+    palette = Palette(results.weight_decays)
+    with drawing():
+        groups = [
+            _group_view(results, group, found, Draughtsman(group, palette, f"group{index}"))
+            for index, (group, found) in enumerate(zip(results.groups, findings, strict=True))
+        ]
+    environment = Environment(
+        loader=PackageLoader("megatron_plasticity.study.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template("template.html.jinja").render(_context(results, groups, palette))
+
+
+def _group_view(results: StudyResults, group: Group, found: Findings, draughtsman: Draughtsman) -> GroupView:
+    said = answer(group, found)
+    return GroupView(
+        label=group.label,
+        answer=said,
+        loss=draughtsman.loss(said.loss_caption),
+        ranks=draughtsman.ranks(found.losses, found.mean_scores, said.rank_caption),
+        model_table=tables.model_table(group.models),
+        tasks=draughtsman.tasks(results.tasks),
+        score_tables={task: tables.score_table(task, group.models) for task in results.tasks},
+        plasticity_tables=found.tables(),
+        samples=sample_sets(results.tasks, group.models),
+        probes=draughtsman.probes(),
+        pseudo_ranks=draughtsman.pseudo_ranks(),
+        spectra=draughtsman.spectra(),
+        attention_maps=draughtsman.attention_maps(),
+        gaps=draughtsman.gaps(),
+        curves=draughtsman.curves(),
+    )
+
+
+def _context(results: StudyResults, groups: list[GroupView], palette: Palette) -> dict[str, Any]:
+    incomplete = [cell for cell in results.cells if cell.status != "done"]
+    counts = Counter(cell.status for cell in results.cells)
+    summary = ", ".join(f"{count} {status}" for status, count in counts.most_common())
+    sections = ("tasks", "samples", "probes", "gaps", "curves")
+    has = {name: any(getattr(group, name) for group in groups) for name in sections}
+    has["attention"] = any(group.pseudo_ranks or group.spectra or group.attention_maps for group in groups)
+    return {
+        "study": results,
+        "facts": _facts(results),
+        "has": has,
+        "groups": groups,
+        "palette": palette,
+        "weight_decays": results.weight_decays,
+        "unfinished": _unfinished(len(incomplete), len(results.cells), summary),
+        "metrics": list(tables.METRICS.values()),
+        "plasticity_legend": _PLASTICITY_LEGEND,
+        "longest_answer": LONGEST_ANSWER,
+        "cell_summary": f"{len(results.cells)} runs: {summary}." if results.cells else "The study has no runs.",
+        "incomplete_cells": tables.cell_table(incomplete) if incomplete else None,
+        "all_cells": tables.cell_table(results.cells),
+        "limits": limits(results),
+        "config": _yaml(results.config),
+        "corpus": _yaml(results.corpus) if results.corpus else "",
+        "versions": _versions(),
+    }
+
+
+def _unfinished(incomplete: int, total: int, summary: str) -> str:
+    if not incomplete:
+        return ""
+    verb = "has" if incomplete == 1 else "have"
+    return f"{incomplete} of {total} runs {verb} no results ({summary}). What follows rests on the others; see Runs below."
+
+
+def _facts(results: StudyResults) -> str:
+    """One line on the size of the study, of what is known."""
+    done = [cell.results for cell in results.cells if cell.kind == "pretrain" and cell.results]
+    facts = [f"{len(results.weight_decays)} values of λ", f"{len(results.tasks)} tasks", f"{len(results.cells)} runs"]
+    if done and (size := number((done[0].get("parameters") or {}).get("total"))):
+        facts.append(f"{size / 1e6:.3g} million parameters")
+    if done and (tokens := number(done[0].get("tokens"))):
+        facts.append(f"{tokens / 1e6:.3g} million training tokens")
+    model = (results.config.get("base") or {}).get("model") or {}
+    if isinstance(model, Mapping) and model.get("family"):
+        facts.insert(0, f"{model['family']}")
+    return " · ".join(facts)
+
+
+def _yaml(value: Any) -> str:
+    return yaml.safe_dump(_plain(value), sort_keys=False, allow_unicode=True, width=110)
+
+
+def _plain(value: Any) -> Any:
+    """Mappings as dicts, so that YAML knows them."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def _versions() -> str:
+    found = []
+    for package in _PACKAGES:
+        try:
+            found.append(f"{package} {metadata.version(package)}")
+        except metadata.PackageNotFoundError:
+            continue
+    return ", ".join(found)
+
+
+def _report_json(results: StudyResults, findings: list[Findings]) -> dict[str, Any]:
+    """The numbers of the page; missing ones are null."""
+    return {
+        "name": results.name,
+        "description": results.description,
+        "weight_decays": list(results.weight_decays),
+        "tasks": list(results.tasks),
+        "groups": [
+            {"label": group.label, "models": [m.pretrain.id for m in group.models], **found.record()}
+            for group, found in zip(results.groups, findings, strict=True)
+        ],
+        "scores": tables.score_records(results),
+        "cells": tables.cell_records(results),
+    }

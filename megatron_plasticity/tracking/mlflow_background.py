@@ -1,0 +1,85 @@
+"""Mirroring while the work goes on: a daemon thread that can only ever warn."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Protocol
+
+from megatron_plasticity.tracking.mlflow_store import without_credentials
+
+SECONDS_BETWEEN_SYNCS = 5.0
+LONGEST_PAUSE_SECONDS = 60.0
+FINAL_SYNC_SECONDS = 30.0
+
+_log = logging.getLogger(__name__)
+
+
+class Mirror(Protocol):
+    """What runs in the background; see `MlflowMirror.sync`."""
+
+    def sync(self, folder: Path, over: bool = True) -> None: ...
+
+
+@contextmanager
+def mirror_in_background(
+    mirror: Mirror,
+    folder: Path,
+    *,
+    interval: float = SECONDS_BETWEEN_SYNCS,
+    final_seconds: float = FINAL_SYNC_SECONDS,
+    warn: Callable[[str], None] = _log.warning,
+) -> Iterator[None]:
+    """Keep MLflow up to date with a study or run folder during the block, and bring it the rest at the end.
+
+    Syncs every `interval` seconds, less often while that fails. The last sync may take `final_seconds`; the block's own end,
+    or error, waits no longer. No failure of MLflow reaches the block: it is said once, through `warn`.
+    """
+    worker = _Worker(mirror, folder, interval, warn)
+    thread = threading.Thread(target=worker.run, name="mlflow-mirror", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        worker.stop.set()
+        thread.join(final_seconds)
+        if thread.is_alive():
+            worker.complain(f"it took more than {final_seconds:g} s to send the rest")
+
+
+class _Worker:
+    def __init__(self, mirror: Mirror, folder: Path, interval: float, warn: Callable[[str], None]) -> None:
+        self.stop = threading.Event()
+        self._mirror = mirror
+        self._folder = folder
+        self._interval = interval
+        self._warn = warn
+        self._warned = False
+
+    def run(self) -> None:
+        pause = self._interval
+        while not self.stop.wait(pause):
+            worked = self._try_to_sync(over=False)
+            pause = self._interval if worked else min(2 * pause, LONGEST_PAUSE_SECONDS)
+        self._try_to_sync(over=True)
+
+    def complain(self, reason: str) -> None:
+        """Warn, unless that was done before."""
+        if not self._warned:
+            self._warned = True
+            self._warn(
+                f"MLflow does not get a copy of everything for now: {without_credentials(reason)}\n"
+                f"Nothing is lost: `megatron-plasticity mlflow sync {self._folder}` completes it from the run folders."
+            )
+
+    def _try_to_sync(self, over: bool) -> bool:
+        # Whatever goes wrong here, a defect of ours included, must not stop hours of training.
+        try:
+            self._mirror.sync(self._folder, over)
+        except Exception as error:
+            self.complain(str(error) or type(error).__name__)
+            return False
+        return True

@@ -1,0 +1,311 @@
+"""A copy of run folders in MLflow. `metrics.jsonl` and `results.json` are the truth; what MLflow misses, a later sync brings.
+
+A study is one run at the root, with its pretraining runs under it, their fine-tuned children under these, and evaluations and
+analyses under the model they look at. Every run has the tags `kind`, `study`, `task`, `weight_decay`, `hash`, `folder`, so
+that a filter such as `tags.kind = 'evaluate' and tags.task = 'arithmetic'` finds what the collapsed tree hides.
+
+Syncing is incremental and idempotent: nothing is sent twice, also after a resume that replays steps (MLflow then keeps the
+first measurement of a replayed step, `metrics.jsonl` the last), a lost cursor, or a kill between sending and noting it down.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from megatron_plasticity.errors import UserError
+from megatron_plasticity.tracking.mlflow_background import mirror_in_background
+from megatron_plasticity.tracking.mlflow_content import DatasetRecord, RunContent, run_content, study_content
+from megatron_plasticity.tracking.mlflow_cursor import Cursor, Measurement
+from megatron_plasticity.tracking.mlflow_store import connect, tracking_uri, without_credentials
+from megatron_plasticity.tracking.run_folder import RunFolder, RunState
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import DatasetInput as MlflowDatasetInput
+    from mlflow.entities import Run
+
+__all__ = ["MlflowMirror", "mirror_in_background", "tracking_uri"]
+
+# Limits of one request.
+METRICS_PER_BATCH = 1000
+TAGS_AND_PARAMS_PER_BATCH = 100
+
+PARENT_TAG = "mlflow.parentRunId"
+_ENDED = ("FINISHED", "FAILED", "KILLED")
+
+
+@dataclass
+class _Mirrored:
+    """What the store is known to hold of one folder."""
+
+    run_id: str
+    status: str
+    tags: dict[str, str]
+    params: set[str]
+    has_datasets: bool
+    cursor: Cursor
+
+
+class MlflowMirror:
+    """Mirrors run folders into one experiment of one store; connects when it is first used. Not for several threads at once."""
+
+    def __init__(self, folder: Path, experiment: str, uri: str | None = None) -> None:
+        """`folder` is the study's folder, or the output folder of a single run: the default store is `mlflow.db` in it."""
+        self.uri = uri or tracking_uri(folder)
+        self.experiment = experiment
+        self._client: MlflowClient | None = None
+        self._experiment_id = ""
+        self._mirrored: dict[Path, _Mirrored] = {}
+
+    def sync(self, folder: Path, over: bool = True) -> None:
+        """Bring MLflow up to date with a study folder or a run folder.
+
+        `over` tells that no process works on the study any more, so that one with cells left to do is not "running".
+        Raises UserError if the store cannot be reached (without credentials in the message); a later call goes on from there.
+        """
+        if (folder / "study.json").is_file():
+            self.sync_study(_read_study(folder), folder, over)
+        else:
+            self.sync_run(RunFolder.open(folder).path)
+
+    def sync_run(self, folder: Path) -> None:
+        """Bring one stand-alone run folder up to date. Raises UserError."""
+        with self._explained_errors():
+            self._send(run_content(folder), parent=None)
+
+    def sync_study(self, study: Mapping[str, Any], folder: Path, over: bool = False) -> None:
+        """Bring a study up to date; `study` is what its `study.json` says. Cells that have not begun are left out.
+
+        A cell that cannot be read, or that the server refuses, does not hold up the others; UserError names them at the end.
+        """
+        cells: dict[str, Mapping[str, Any]] = {cell["id"]: cell for cell in study["cells"]}
+        states = {name: _state_of(folder / cell["folder"]) for name, cell in cells.items()}
+        problems: list[str] = []
+        with self._explained_errors():
+            root = self._send(study_content(study, folder, list(states.values()), over), parent=None)
+            run_ids: dict[str | None, str] = {}
+            for name in _parents_first(cells):
+                if states[name].status == "pending":
+                    continue
+                try:
+                    content = run_content(folder / cells[name]["folder"], study, cells[name])
+                    run_ids[name] = self._send(content, parent=run_ids.get(cells[name].get("parent"), root))
+                except Exception as error:
+                    if not isinstance(error, UserError) and not _is_refusal(error):
+                        raise  # the store cannot be reached: the other cells would fail as well
+                    problems.append(f"{name}: {without_credentials(str(error))}")
+        if problems:
+            raise UserError("some cells could not be mirrored to MLflow:\n" + "\n".join(f"  {p}" for p in problems))
+
+    def _send(self, content: RunContent, parent: str | None) -> str:
+        """Make the MLflow run what `content` says, sending only what is new; returns its id."""
+        folder = content.folder.resolve()
+        client = self._connected()
+        tags = content.tags if parent is None else {**content.tags, PARENT_TAG: parent}
+        # Out of the books while sending: after an error, what the store holds must be asked for again.
+        mirrored = self._mirrored.pop(folder, None) or self._attach(client, content, tags)
+        _send_tags_and_params(client, mirrored, tags, content.params)
+        if content.datasets and not mirrored.has_datasets:
+            client.log_inputs(mirrored.run_id, datasets=_dataset_inputs(content.datasets))
+            mirrored.has_datasets = True
+        _send_metrics(client, mirrored, content)
+        if content.status != mirrored.status:
+            if content.status in _ENDED:
+                client.set_terminated(mirrored.run_id, content.status, _milliseconds(content.finished))
+            else:
+                client.update_run(mirrored.run_id, status=content.status)
+            mirrored.status = content.status
+        self._mirrored[folder] = mirrored
+        return mirrored.run_id
+
+    def _attach(self, client: MlflowClient, content: RunContent, tags: Mapping[str, str]) -> _Mirrored:
+        """The run that mirrors this folder: the one of the cursor, else the one with its tags, else a new one."""
+        cursor = Cursor.read(content.folder)
+        run = _active_run(client, cursor.run_id) if cursor else None
+        run = run or self._find(client, content)
+        if run is None:
+            run = client.create_run(
+                self._experiment_id, start_time=_milliseconds(content.started), tags=dict(tags), run_name=content.name
+            )
+            cursor = Cursor(run.info.run_id)
+        elif cursor is None or cursor.run_id != run.info.run_id or cursor.sending:
+            cursor = Cursor(run.info.run_id, steps=_last_steps(client, run))
+        cursor.write(content.folder)
+        return _Mirrored(
+            run_id=run.info.run_id,
+            status=run.info.status,
+            tags=dict(run.data.tags),
+            params=set(run.data.params),
+            has_datasets=bool(run.inputs and run.inputs.dataset_inputs),
+            cursor=cursor,
+        )
+
+    def _find(self, client: MlflowClient, content: RunContent) -> Run | None:
+        """The run that was made for this folder before its cursor was lost, by its tags."""
+        key = "hash" if "hash" in content.tags else "study"
+        runs = client.search_runs([self._experiment_id], f"tags.{key} = '{content.tags[key]}'")
+        identity = ("kind", "host", "folder")
+        return next((run for run in runs if all(run.data.tags.get(k) == content.tags[k] for k in identity)), None)
+
+    def _connected(self) -> MlflowClient:
+        if self._client is None:
+            client = connect(self.uri)
+            self._experiment_id = _experiment_id(client, self.experiment)
+            self._client = client
+        return self._client
+
+    @contextmanager
+    def _explained_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception as error:
+            if not _is_of_the_store(error):
+                raise
+            where, what = without_credentials(self.uri), without_credentials(str(error)).strip()
+            raise UserError(f"MLflow at {where}: {what}") from None  # the cause may hold credentials
+
+
+def _send_tags_and_params(client: MlflowClient, mirrored: _Mirrored, tags: Mapping[str, str], params: Mapping[str, str]) -> None:
+    from mlflow.entities import Param, RunTag
+
+    # A param cannot change once it is there: where a resumed run has another neutral field, the first value stays.
+    new_params = [Param(key, value) for key, value in params.items() if key not in mirrored.params]
+    new_tags = [RunTag(key, value) for key, value in tags.items() if mirrored.tags.get(key) != value]
+    for part in _parts(new_params, TAGS_AND_PARAMS_PER_BATCH):
+        client.log_batch(mirrored.run_id, params=part, synchronous=True)
+    for part in _parts(new_tags, TAGS_AND_PARAMS_PER_BATCH):
+        client.log_batch(mirrored.run_id, tags=part, synchronous=True)
+    mirrored.params |= set(params)
+    mirrored.tags |= tags
+
+
+def _send_metrics(client: MlflowClient, mirrored: _Mirrored, content: RunContent) -> None:
+    from mlflow.entities import Metric
+
+    cursor, read_before = mirrored.cursor, mirrored.cursor.bytes
+    new = cursor.take_new(content.folder / "metrics.jsonl")
+    last_step = max(cursor.steps.values(), default=0)
+    missing = {name: value for name, value in content.results.items() if name not in cursor.steps}
+    new += cursor.take(Measurement(name, value, content.finished or 0.0, last_step) for name, value in missing.items())
+    if not new:
+        if cursor.bytes != read_before:
+            cursor.write(content.folder)
+        return
+    cursor.sending = True
+    cursor.write(content.folder)
+    for part in _parts(new, METRICS_PER_BATCH):
+        metrics = [Metric(m.name, m.value, round(m.time * 1000), m.step) for m in part]
+        client.log_batch(mirrored.run_id, metrics=metrics, synchronous=True)
+    cursor.sending = False
+    cursor.write(content.folder)
+
+
+def _dataset_inputs(datasets: Sequence[DatasetRecord]) -> list[MlflowDatasetInput]:
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    return [
+        DatasetInput(
+            Dataset(
+                name=record.name,
+                digest=record.digest,
+                source_type="local",
+                source=json.dumps({"uri": record.source}),
+                profile=json.dumps(record.profile),
+            ),
+            tags=[InputTag("mlflow.data.context", record.context)],
+        )
+        for record in datasets
+    ]
+
+
+def _active_run(client: MlflowClient, run_id: str) -> Run | None:
+    """The run with this id; None if this store has none, or it was deleted."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        run = client.get_run(run_id)
+    except MlflowException as error:
+        if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+            return None
+        raise
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def _last_steps(client: MlflowClient, run: Run) -> dict[str, int]:
+    """Metric → its last step in the store."""
+    histories = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
+    return {name: max(metric.step for metric in history) for name, history in histories.items() if history}
+
+
+def _experiment_id(client: MlflowClient, name: str) -> str:
+    """The id of the experiment called `name`, which is made if it is not there."""
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return client.create_experiment(name)
+        except MlflowException as error:
+            experiment = client.get_experiment_by_name(name)  # another process may just have made it
+            if experiment is None:
+                raise error
+    if experiment.lifecycle_stage != "active":
+        raise UserError(
+            f"MLflow experiment {name!r} was deleted; restore it (`mlflow experiments restore`) or choose another name"
+        )
+    return experiment.experiment_id
+
+
+def _is_of_the_store(error: Exception) -> bool:
+    """Whether an error comes from MLflow and what it stands on, rather than from a defect of ours."""
+    return isinstance(error, OSError) or type(error).__module__.partition(".")[0] in (
+        "mlflow",
+        "sqlalchemy",
+        "requests",
+        "urllib3",
+    )
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether the store was reached and did not want this run."""
+    return getattr(error, "error_code", None) in ("INVALID_PARAMETER_VALUE", "RESOURCE_DOES_NOT_EXIST", "BAD_REQUEST")
+
+
+def _read_study(folder: Path) -> dict[str, Any]:
+    path = folder / "study.json"
+    try:
+        study = json.loads(path.read_text(encoding="utf-8"))
+        return {**study, "name": study["name"], "cells": study["cells"]}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: is not the description of a study: {error!r}. `study run` writes it anew.") from None
+
+
+def _state_of(folder: Path) -> RunState:
+    """State of a cell; pending as well where there is no folder yet."""
+    return RunFolder(folder).state if (folder / "state.json").is_file() else RunState()
+
+
+def _parents_first(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """The ids of `cells` in an order in which each comes after its parent."""
+
+    def depth(name: str) -> int:
+        parent = cells[name].get("parent")
+        return 1 + depth(parent) if parent is not None and parent in cells else 0
+
+    return sorted(cells, key=depth)
+
+
+def _milliseconds(seconds: float | None) -> int | None:
+    return None if seconds is None else round(seconds * 1000)
+
+
+def _parts(items: list[Any], size: int) -> Iterator[list[Any]]:
+    for begin in range(0, len(items), size):
+        yield items[begin : begin + size]

@@ -1,0 +1,1 @@
+"""Training: one loop over a DeepSpeed engine, for pretraining and fine-tuning alike."""

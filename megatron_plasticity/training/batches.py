@@ -1,0 +1,85 @@
+"""Which sequences each rank sees in each step: a pure function of the step, so nothing has to be stored to go on.
+
+Sample numbers of step s are [s·G, (s+1)·G) for a global batch of G. Micro-batch a of rank r takes the slice that starts at
+(a·ranks + r)·micro, so the global batch is the same set whatever the number of ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from megatron_plasticity.config.deepspeed import accumulation_steps
+from megatron_plasticity.config.training import BatchConfig
+from megatron_plasticity.data.blocks import BlockReader
+from megatron_plasticity.data.order import SampleOrder
+from megatron_plasticity.data.sft import EncodedExample, collate
+from megatron_plasticity.parallel.grid import ProcessGrid
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One optimizer step's work for one rank."""
+
+    micro_batches: list[tuple[Tensor, Tensor]]
+    """(inputs, targets), each [micro_batch_size, S] int64 on the CPU; one pair per accumulation step."""
+    target_tokens: int
+    """Targets that count towards the loss, in the whole global batch."""
+    input_tokens: int
+    """Tokens that are not padding, in the whole global batch."""
+
+
+class Batches(Protocol):
+    steps: int
+    """Optimizer steps of the run."""
+
+    def step(self, step: int) -> StepBatch:
+        """The batch of step `step`, 0-based."""
+        ...
+
+
+class PretrainBatches:
+    """Blocks of a token store in their seeded order, epoch after epoch."""
+
+    def __init__(self, reader: BlockReader, order: SampleOrder, batch: BatchConfig, grid: ProcessGrid, steps: int) -> None:
+        self.steps = steps
+        self._reader, self._order, self._batch, self._grid = reader, order, batch, grid
+
+    def step(self, step: int) -> StepBatch:
+        size = self._batch.global_batch_size
+        blocks = self._order.blocks(step * size, (step + 1) * size)
+        micro_batches = [self._reader.batch(blocks[part]) for part in _slices(self._batch, self._grid)]
+        tokens = size * self._reader.sequence_length
+        return StepBatch(micro_batches, target_tokens=tokens, input_tokens=tokens)
+
+
+class FinetuneBatches:
+    """Examples in a new order each epoch. Each rank knows every example's length, so it counts the global targets by itself."""
+
+    def __init__(
+        self, examples: Sequence[EncodedExample], epochs: int, batch: BatchConfig, grid: ProcessGrid, seed: int, padding_id: int
+    ) -> None:
+        self.steps = max(1, len(examples) * epochs // batch.global_batch_size)
+        self._examples, self._batch, self._grid, self._padding_id = examples, batch, grid, padding_id
+        self._order = SampleOrder(len(examples), seed)
+
+    def step(self, step: int) -> StepBatch:
+        size = self._batch.global_batch_size
+        chosen = [self._examples[i] for i in self._order.blocks(step * size, (step + 1) * size)]
+        micro_batches = [collate(chosen[part], self._padding_id) for part in _slices(self._batch, self._grid)]
+        # The first token of an example is never a target, the last one never an input.
+        return StepBatch(
+            micro_batches,
+            target_tokens=sum(example.response_length for example in chosen),
+            input_tokens=sum(len(example.ids) - 1 for example in chosen),
+        )
+
+
+def _slices(batch: BatchConfig, grid: ProcessGrid) -> Iterator[slice]:
+    micro = batch.micro_batch_size
+    for accumulation in range(accumulation_steps(batch, grid.data_size)):
+        start = (accumulation * grid.data_size + grid.data_rank) * micro
+        yield slice(start, start + micro)

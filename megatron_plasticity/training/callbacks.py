@@ -1,0 +1,185 @@
+"""What is watched, measured and saved during training. Each callback is one of these concerns; none changes a weight."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_plasticity.capture.recorder import Recorder
+from megatron_plasticity.capture.store import ActivationWriter
+from megatron_plasticity.config.analysis import CaptureConfig
+from megatron_plasticity.errors import UserError
+from megatron_plasticity.models.sizes import flops_per_token
+from megatron_plasticity.optim.decay import HEAD, TOKEN_EMBEDDING
+from megatron_plasticity.optim.schedule import adamw_timescale
+from megatron_plasticity.tracking.metrics import MetricLog
+from megatron_plasticity.tracking.progress import Progress
+from megatron_plasticity.training.engine import TrainingEngine
+from megatron_plasticity.training.loop import Callback, StepOutcome
+
+WriteRow = Callable[[int, Mapping[str, float]], None]
+
+# Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets; no MFU is given for others.
+_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "GH200": 989e12}
+
+
+class TrainingMetrics(Callback):
+    """Loss, learning rate, decay, gradient norm and speed, every `every_steps` steps; and the sign of life."""
+
+    def __init__(
+        self, engine: TrainingEngine, total_steps: int, every_steps: int, write: WriteRow, progress: Progress, sequence_length: int
+    ) -> None:
+        self._engine, self._total, self._every, self._write, self._progress = engine, total_steps, every_steps, write, progress
+        self._flops_per_token = flops_per_token(engine.model.config, sequence_length)
+        self._seconds, self._tokens = 0.0, 0
+        self._paused = 0.0
+
+    def after_step(self, outcome: StepOutcome) -> None:
+        self._tokens += outcome.batch.input_tokens
+        self._seconds += outcome.seconds
+        if outcome.step % self._every and outcome.step != self._total:
+            return
+        began = time.perf_counter()
+        loss = float(self._engine.grid.sum(outcome.cross_entropy.clone())) / outcome.batch.target_tokens
+        self._seconds += time.perf_counter() - began  # reading the loss waits for the kernels that a GPU has not finished
+        tokens_per_second = self._tokens / self._seconds
+        groups = self._engine.groups
+        # λ's effect per step is lr·λ, or (lr/lr_peak)·λ where the two are decoupled.
+        peak = self._engine.recipe.optimizer.learning_rate
+        decay = outcome.learning_rate * groups.weight_decay / (peak if groups.coupling == "independent" else 1.0)
+        row = {
+            "train/loss": loss,
+            "train/learning_rate": outcome.learning_rate,
+            "train/learning_rate_times_weight_decay": decay,
+            "train/gradient_norm": self._engine.gradient_norm,
+            "train/tokens_per_second": tokens_per_second,
+        }
+        timescale = adamw_timescale(1.0, decay, self._total)
+        if timescale is not None:
+            row["train/adamw_timescale"] = timescale
+        utilisation = self._model_flops_utilisation(tokens_per_second)
+        if utilisation is not None:
+            row["train/mfu"] = utilisation
+        if self._engine.grid.is_main:
+            self._write(outcome.step, row)
+        self._progress.update(outcome.step, self._total, "steps", tokens_per_second=tokens_per_second, loss=round(loss, 3))
+        if not math.isfinite(loss):
+            raise UserError(
+                f"the training loss became {loss} at step {outcome.step} (λ={groups.weight_decay:g}, "
+                f"learning rate {outcome.learning_rate:g}); lower the learning rate or λ"
+            )
+        self._seconds, self._tokens = 0.0, 0
+
+    def _model_flops_utilisation(self, tokens_per_second: float) -> float | None:
+        """PaLM's MFU (2204.02311, appendix B); None on devices whose peak we do not know."""
+        if self._engine.grid.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self._engine.grid.device)
+        peak = next((flops for key, flops in _PEAK_FLOPS.items() if key in name), None)
+        return None if peak is None else tokens_per_second * self._flops_per_token / (peak * self._engine.grid.data_size)
+
+
+def parameter_class(name: str) -> str:
+    """Class of a parameter in the per-class norms: token_embedding, head, attention, mlp or norm."""
+    if name in (TOKEN_EMBEDDING, HEAD):
+        return "token_embedding" if name == TOKEN_EMBEDDING else "head"
+    if "norm" in name:
+        return "norm"
+    return "attention" if ".attn." in name else "mlp"
+
+
+class Norms(Callback):
+    """L2 norms of the fp32 weights and of the step's update, per parameter class, every `every_steps` steps."""
+
+    def __init__(self, engine: TrainingEngine, total_steps: int, every_steps: int, write: WriteRow) -> None:
+        self._engine, self._total, self._every, self._write = engine, total_steps, every_steps, write
+        self._before: dict[str, Tensor] = {}
+
+    def before_step(self, step: int) -> None:
+        if self._due(step):
+            self._before = {name: weight.detach().cpu().clone() for name, weight in self._engine.full_weights()}
+
+    def after_step(self, outcome: StepOutcome) -> None:
+        if not self._due(outcome.step):
+            return
+        squares: dict[str, float] = {}
+        for name, weight in self._engine.full_weights():
+            now = weight.detach().cpu()
+            for quantity, tensor in (("weight_norm", now), ("update_norm", now - self._before[name])):
+                key = f"{quantity}/{parameter_class(name)}"
+                squares[key] = squares.get(key, 0.0) + float(tensor.double().square().sum())
+        self._before = {}
+        if self._engine.grid.is_main:
+            self._write(outcome.step, {key: math.sqrt(value) for key, value in squares.items()})
+
+    def _due(self, step: int) -> bool:
+        return bool(self._every) and (step % self._every == 0 or step == self._total)
+
+
+class LossEvaluation(Callback):
+    """Calls `evaluate(step)` for a row of losses, every `every_steps` steps (0: never) and after the last one."""
+
+    def __init__(
+        self, evaluate: Callable[[int], dict[str, float]], total_steps: int, every_steps: int, write: WriteRow, is_main: bool
+    ) -> None:
+        self._evaluate, self._total, self._every, self._write, self._is_main = evaluate, total_steps, every_steps, write, is_main
+        self.last: dict[str, float] = {}
+
+    def after_step(self, outcome: StepOutcome) -> None:
+        if outcome.step != self._total and not (self._every and outcome.step % self._every == 0):
+            return
+        self.last = self._evaluate(outcome.step)
+        if self._is_main:
+            self._write(outcome.step, self.last)
+
+
+class Capture(Callback):
+    """Dumps activations on fixed probe sequences at the configured steps into `folder`."""
+
+    def __init__(
+        self, engine: TrainingEngine, config: CaptureConfig, inputs: Tensor, total_steps: int, folder: Path, identity: dict[str, object]
+    ) -> None:
+        """`inputs` [sequences, S] int64. Raises UserError for a hook point that does not exist or a step after the last."""
+        late = [step for step in config.steps if step > total_steps]
+        if late:
+            raise UserError(f"capture.steps: {late} lie after the last step, {total_steps}")
+        self._engine, self._inputs, self._folder, self._identity = engine, inputs, folder, identity
+        self._steps = {*config.steps, *([total_steps] if config.at_end else [])}
+        self._recorder = Recorder(engine.model, config.points, config.positions, getattr(torch, config.dtype))
+
+    def after_step(self, outcome: StepOutcome) -> None:
+        if outcome.step not in self._steps:
+            return
+        # Every rank runs the forward pass, since ZeRO-3 gathers weights in it; the first one writes.
+        if not self._engine.grid.is_main:
+            for batch in self._batches():
+                self._engine.token_losses(batch, batch)
+            return
+        with ActivationWriter(self._folder, self._identity) as writer, writer.dump(outcome.step):
+            for batch in self._batches():
+                with self._recorder:
+                    self._engine.token_losses(batch, batch)
+                writer.add(self._recorder.captured)
+
+    def _batches(self) -> list[Tensor]:
+        return list(self._inputs.to(self._engine.grid.device).split(self._engine.recipe.batch.micro_batch_size))
+
+
+class Checkpoints(Callback):
+    """Calls `save(step)` every `every_steps` steps, after the last step, and when the run is asked to stop."""
+
+    def __init__(self, save: Callable[[int], None], total_steps: int, every_steps: int | None) -> None:
+        self._save, self._total, self._every = save, total_steps, every_steps
+
+    def after_step(self, outcome: StepOutcome) -> None:
+        if outcome.step == self._total or (self._every and outcome.step % self._every == 0):
+            self._save(outcome.step)
+
+    def at_stop(self, step: int) -> None:
+        if not (self._every and step % self._every == 0):  # else it was saved a moment ago
+            self._save(step)

@@ -1,0 +1,81 @@
+"""A fine-tuning run: the pretraining loop on prompt–response examples, with the loss on response tokens only."""
+
+from __future__ import annotations
+
+import shutil
+
+from megatron_plasticity.config.training import FinetuneConfig
+from megatron_plasticity.data.sft import EncodedExample, encode_examples
+from megatron_plasticity.data.prepare import TOKENIZER_FILE
+from megatron_plasticity.data.tokenizer import Tokenizer
+from megatron_plasticity.errors import ConfigError, UserError
+from megatron_plasticity.evaluation.tasks import get_task
+from megatron_plasticity.models.transformer import Transformer
+from megatron_plasticity.parallel.grid import ProcessGrid, process_grid, resolve_device
+from megatron_plasticity.tracking.metrics import read_metrics
+from megatron_plasticity.tracking.progress import Both, FolderProgress, NoProgress, Progress
+from megatron_plasticity.tracking.run_folder import RunFolder
+from megatron_plasticity.tracking.trained_model import TrainedModel
+from megatron_plasticity.training.batches import FinetuneBatches
+from megatron_plasticity.training.session import held, training_session
+
+def finetune(config: FinetuneConfig, progress: Progress) -> RunFolder:
+    """Fine-tune (or go on, or do nothing if it is done); returns the run folder. Every rank of the launch calls it."""
+    base = TrainedModel.open(config.base)
+    with process_grid(resolve_device(config.device)) as grid:
+        if grid.is_main:
+            finetune_folder(config, base)
+        grid.barrier()
+        folder = finetune_folder(config, base)
+        if not folder.is_done:
+            with held(folder, grid):
+                _finetune(config, base, folder, grid, progress)
+        return folder
+
+
+def finetune_folder(config: FinetuneConfig, base: TrainedModel) -> RunFolder:
+    """The run folder of this config, made if it is not there."""
+    return RunFolder.create(config.output, "finetune", config.name, config, {"base": base.identity})
+
+
+def _finetune(config: FinetuneConfig, base: TrainedModel, folder: RunFolder, grid: ProcessGrid, progress: Progress) -> None:
+    if config.max_length > base.checkpoint.model.context_length:
+        raise ConfigError(
+            f"max_length={config.max_length} exceeds the base model's context_length={base.checkpoint.model.context_length}"
+        )
+    tokenizer = base.tokenizer()
+    examples, without_response = _encoded(config, tokenizer)
+    batches = FinetuneBatches(examples, config.epochs, config.batch, grid, config.seed, tokenizer.end_of_text)
+    weight_decay = config.optimizer.resolved_weight_decay(batches.steps)
+    data_identity = {"base": base.identity, "task": config.task.model_dump(), "template": config.template, "seed": config.seed}
+
+    model = Transformer(base.checkpoint.model)
+    model.load_state_dict(base.checkpoint.tensors())
+    with training_session(folder, "finetune", config, model, weight_decay, batches, data_identity, grid) as session:
+        if grid.is_main:
+            shutil.copyfile(base.tokenizer_path, folder.path / TOKENIZER_FILE)
+        show = Both(progress, FolderProgress(folder)) if grid.is_main else NoProgress()
+        session.run([], show, config.max_length)
+        if grid.is_main:
+            training = [row["train/loss"] for row in read_metrics(folder.metrics_path) if "train/loss" in row]
+            folder.mark_done(
+                {
+                    "train_loss": training[-1],
+                    "steps": batches.steps,
+                    "examples": len(examples),
+                    "examples_without_response": without_response,
+                    "weight_decay": weight_decay,
+                    "checkpoint": f"checkpoints/step-{batches.steps}",
+                }
+            )
+
+
+def _encoded(config: FinetuneConfig, tokenizer: Tokenizer) -> tuple[list[EncodedExample], int]:
+    """Examples that have something to learn from, and the number of those whose prompt alone fills `max_length`."""
+    examples = get_task(config.task.name).train(config.task.train_examples, config.task.seed)
+    pairs = [(example.prompt, example.response) for example in examples]
+    encoded = encode_examples(tokenizer, config.template, pairs, config.max_length)
+    useful = [example for example in encoded if example.response_length > 0]
+    if not useful:
+        raise UserError(f"task {config.task.name!r}: no prompt leaves room for a response within max_length={config.max_length}")
+    return useful, len(encoded) - len(useful)

@@ -1,0 +1,114 @@
+"""A pretraining run, from its config to its results."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import numpy as np
+
+from megatron_plasticity.config.training import PretrainConfig
+from megatron_plasticity.data.blocks import BlockReader
+from megatron_plasticity.data.ledger import Ledger, draw_consumed_blocks, write_ledger
+from megatron_plasticity.data.order import SampleOrder
+from megatron_plasticity.data.prepare import TOKENIZER_FILE, read_manifest
+from megatron_plasticity.data.token_store import TokenStore
+from megatron_plasticity.data.tokenizer import Tokenizer, check_tokenizer_fits
+from megatron_plasticity.models.initialisation import initialise
+from megatron_plasticity.models.sizes import parameter_count
+from megatron_plasticity.models.transformer import Transformer
+from megatron_plasticity.parallel.grid import ProcessGrid, process_grid, resolve_device
+from megatron_plasticity.tracking.metrics import read_metrics
+from megatron_plasticity.tracking.progress import Both, FolderProgress, NoProgress, Progress
+from megatron_plasticity.tracking.run_folder import RunFolder
+from megatron_plasticity.training.batches import PretrainBatches
+from megatron_plasticity.training.callbacks import Capture, LossEvaluation
+from megatron_plasticity.training.losses import mean_cross_entropy
+from megatron_plasticity.training.session import TrainingSession, held, training_session
+
+
+def pretrain_folder(config: PretrainConfig) -> RunFolder:
+    """The run folder of this config, made if it is not there. Raises UserError if the corpus is not prepared."""
+    manifest = read_manifest(config.data.folder)
+    return RunFolder.create(config.output, "pretrain", config.name, config, {"corpus": manifest["sha256"]})
+
+
+def pretrain(config: PretrainConfig, progress: Progress) -> RunFolder:
+    """Train (or go on training, or do nothing if it is done) the model that `config` describes; returns its run folder.
+
+    Every rank of the launch calls it. Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint saved.
+    """
+    with process_grid(resolve_device(config.device)) as grid:
+        if grid.is_main:
+            pretrain_folder(config)
+        grid.barrier()
+        folder = pretrain_folder(config)
+        if not folder.is_done:
+            with held(folder, grid):
+                _pretrain(config, folder, grid, progress)
+        return folder
+
+
+def _pretrain(config: PretrainConfig, folder: RunFolder, grid: ProcessGrid, progress: Progress) -> None:
+    corpus = config.data.folder
+    manifest = read_manifest(corpus)
+    check_tokenizer_fits(Tokenizer.load(corpus / TOKENIZER_FILE), config.model)
+    train_reader = BlockReader(TokenStore(corpus / "train"), config.model.context_length)
+    held_out_reader = BlockReader(TokenStore(corpus / "held_out"), config.model.context_length)
+    order = SampleOrder(len(train_reader), config.data.seed)
+    batches = PretrainBatches(train_reader, order, config.batch, grid, config.total_steps)
+    data_identity = {"store": manifest["sha256"], "seed": config.data.seed, "sequence_length": config.model.context_length}
+
+    def ledger_at(step: int) -> Ledger:
+        consumed = step * config.batch.global_batch_size
+        return Ledger(config.data.seed, config.model.context_length, len(train_reader), manifest["sha256"], consumed)
+
+    model = Transformer(config.model)
+    initialise(model, config.seed)
+    with training_session(folder, "pretrain", config, model, config.weight_decay, batches, data_identity, grid) as session:
+        held_out_blocks = np.arange(min(config.data.held_out_sequences, len(held_out_reader)))
+
+        def evaluate(step: int) -> dict[str, float]:
+            # As many sequences from what the run has consumed so far, a new draw for each step.
+            seen = draw_consumed_blocks(ledger_at(step), manifest["sha256"], len(held_out_blocks), config.seed + step)
+            return {
+                "held_out/loss": mean_cross_entropy(session.engine, held_out_reader, held_out_blocks),
+                "seen/loss": mean_cross_entropy(session.engine, train_reader, seen),
+            }
+
+        evaluation = LossEvaluation(
+            evaluate, config.total_steps, config.evaluate_every_steps, session.write_row, grid.is_main
+        )
+        callbacks = [evaluation]
+        if config.capture is not None:
+            probe_inputs, _ = held_out_reader.batch(np.arange(min(config.capture.sequences, len(held_out_reader))))
+            identity = {"run": folder.hash, "model": config.model.model_dump(), "weight_decay": config.weight_decay}
+            callbacks.append(
+                Capture(session.engine, config.capture, probe_inputs, config.total_steps, folder.path / "activations", identity)
+            )
+        if grid.is_main:
+            print(session.engine.groups.table({n: p.shape for n, p in model.named_parameters()}), flush=True)
+            shutil.copyfile(corpus / TOKENIZER_FILE, folder.path / TOKENIZER_FILE)
+        show = Both(progress, FolderProgress(folder)) if grid.is_main else NoProgress()
+        session.run(callbacks, show, config.model.context_length)
+
+        losses = evaluation.last or evaluate(config.total_steps)  # empty if only the results were missing
+        if grid.is_main:
+            write_ledger(folder.path, ledger_at(config.total_steps))
+            folder.mark_done(_results(config, session, losses, len(held_out_blocks)))
+
+
+def _results(config: PretrainConfig, session: TrainingSession, losses: dict[str, float], sequences: int) -> dict[str, Any]:
+    count = parameter_count(config.model)
+    training = [row["train/loss"] for row in read_metrics(session.folder.metrics_path) if "train/loss" in row]
+    return {
+        "held_out_loss": losses["held_out/loss"],
+        "held_out_sequences": sequences,
+        "seen_loss": losses["seen/loss"],
+        "train_loss": training[-1],
+        "steps": config.total_steps,
+        "tokens": config.total_steps * config.tokens_per_step,
+        "weight_decay": config.weight_decay,
+        "parameters": {"total": count.total, "non_embedding": count.non_embedding},
+        "checkpoint": f"checkpoints/step-{config.total_steps}",
+    }

@@ -1,0 +1,142 @@
+"""What pretraining and fine-tuning share around the loop: the run folder, the checkpoint to start from, saving, stopping."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_plasticity.config.training import TrainingRecipe
+from megatron_plasticity.errors import CheckpointError
+from megatron_plasticity.models.checkpoint import (
+    WEIGHTS,
+    CheckpointFolder,
+    damaged_checkpoints,
+    latest_checkpoint,
+    open_checkpoint,
+    save_checkpoint,
+)
+from megatron_plasticity.models.transformer import Transformer
+from megatron_plasticity.parallel.grid import ProcessGrid
+from megatron_plasticity.tracking.disk import explain_disk_errors
+from megatron_plasticity.tracking.metrics import MetricLog
+from megatron_plasticity.tracking.progress import Progress
+from megatron_plasticity.tracking.run_folder import RunFolder
+from megatron_plasticity.training.batches import Batches
+from megatron_plasticity.training.callbacks import Checkpoints, Norms, TrainingMetrics
+from megatron_plasticity.training.engine import TrainingEngine
+from megatron_plasticity.training.loop import Callback, train
+from megatron_plasticity.training.optimizer_state import MOMENTS
+from megatron_plasticity.training.resume import TrainerState, check_continues
+from megatron_plasticity.training.signals import StopSignal
+
+
+@dataclass(frozen=True)
+class TrainingSession:
+    """One training run between its folder and its engine."""
+
+    folder: RunFolder
+    recipe: TrainingRecipe
+    engine: TrainingEngine
+    batches: Batches
+    start_step: int
+    data_identity: dict[str, Any]
+    """What decides which samples a step reads; stored in checkpoints and compared on resume."""
+    kind: str
+    log: MetricLog | None
+    """On the first rank only."""
+
+    def run(self, callbacks: list[Callback], progress: Progress, sequence_length: int) -> None:
+        """Train to the last step. Metrics come first, so that a checkpoint is never ahead of them, and checkpoints last."""
+        logging, total = self.recipe.logging, self.batches.steps
+        watchers: list[Callback] = [
+            TrainingMetrics(self.engine, total, logging.every_steps, self.write_row, progress, sequence_length),
+            Norms(self.engine, total, logging.norms_every_steps, self.write_row),
+            *callbacks,
+            Checkpoints(self.save, total, self.recipe.checkpoint.every_steps),
+        ]
+        with StopSignal() as stop:
+            train(self.engine, self.batches, self.start_step, watchers, stop)
+
+    def write_row(self, step: int, values: dict[str, float]) -> None:
+        assert self.log is not None, "only the first rank writes"
+        self.log.write(step, values)
+
+    def checkpoint_path(self, step: int) -> Path:
+        return self.folder.path / "checkpoints" / f"step-{step}"
+
+    def save(self, step: int) -> None:
+        """Write the checkpoint of `step`. A collective: tensors are gathered one by one, the first rank writes them."""
+        tensors = {WEIGHTS: self.engine.full_weights()} | {m: self.engine.full_moments(m) for m in MOMENTS}
+        if not self.engine.grid.is_main:
+            for pairs in tensors.values():
+                for _ in pairs:
+                    pass
+            return
+        assert self.log is not None
+        self.log.sync()
+        state = TrainerState.of(step, self.kind, self.folder.path.name, self.engine.groups, self.recipe, self.data_identity)
+        path = self.checkpoint_path(step)
+        with explain_disk_errors(path):
+            save_checkpoint(path, self.engine.model.config, state.to_json(), tensors)
+
+
+@contextlib.contextmanager
+def training_session(
+    folder: RunFolder,
+    kind: str,
+    recipe: TrainingRecipe,
+    model: Transformer,
+    weight_decay: float,
+    batches: Batches,
+    data_identity: dict[str, Any],
+    grid: ProcessGrid,
+) -> Iterator[TrainingSession]:
+    """A session that starts where the run left off: from its latest intact checkpoint, else from `checkpoint.resume_from`, else
+    from `model` as it is.
+
+    Raises CheckpointError if the checkpoint belongs to another model, λ, optimizer or data.
+    """
+    source = _starting_point(folder, recipe)
+    weights = source.tensors() if source else None
+    if source is not None and weights is not None and source.model == model.config:
+        model.load_state_dict(weights)
+    engine = TrainingEngine(model, recipe, weight_decay, grid)
+    start_step = 0
+    log = None
+    try:
+        if source is not None and weights is not None:
+            start_step = source.step
+            state = TrainerState.of(start_step, kind, folder.path.name, engine.groups, recipe, data_identity)
+            check_continues(source, state, model.config, engine.groups)
+            if start_step > batches.steps:
+                raise CheckpointError(f"{source.path}: at step {start_step}, beyond the {batches.steps} steps that the config asks for")
+            engine.restore(weights, {moment: source.tensors(moment) for moment in MOMENTS}, start_step)
+        log = MetricLog(folder.metrics_path, start_step) if grid.is_main else None
+        yield TrainingSession(folder, recipe, engine, batches, start_step, data_identity, kind, log)
+    finally:
+        if log is not None:
+            log.close()
+        engine.close()
+
+
+@contextlib.contextmanager
+def held(folder: RunFolder, grid: ProcessGrid) -> Iterator[None]:
+    """Run the folder inside the block, on the first rank; the others only compute."""
+    with folder.running() if grid.is_main else contextlib.nullcontext():
+        yield
+
+
+def _starting_point(folder: RunFolder, recipe: TrainingRecipe) -> CheckpointFolder | None:
+    own = latest_checkpoint(folder.path)
+    if own is not None:
+        return own
+    damaged = damaged_checkpoints(folder.path)
+    if damaged:
+        raise CheckpointError(
+            "none of this run's checkpoints can be used:\n  " + "\n  ".join(damaged) + f"\n  Delete {folder.path / 'checkpoints'} to start over."
+        )
+    return None if recipe.checkpoint.resume_from is None else open_checkpoint(recipe.checkpoint.resume_from)
+

@@ -1,0 +1,248 @@
+"""The problems say what is true: every prompt is solved here again from its text alone."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from fractions import Fraction
+from random import Random
+
+import pytest
+
+from megatron_plasticity.data.problems import registry
+from megatron_plasticity.data.problems.arithmetic import Sum
+from megatron_plasticity.data.problems.problem import LETTERS, Family, Question, inline_choice, place, worked
+from megatron_plasticity.data.problems.registry import FAMILIES, draw_problems, is_test, problems
+from megatron_plasticity.data.problems.trials import Trial
+from megatron_plasticity.data.problems.world import COLOURS, PLACES, THINGS, draw_thing, tell_thing
+from megatron_plasticity.errors import UserError
+
+EQUATION = re.compile(r"(?<![\d/] )(?<!\w)(\d+) ([+-]) (\d+) = (\d+)")
+
+
+def questions(family: str, count: int = 300) -> list[Question]:
+    return [p.ask(Random(i), i) for side in ("train", "test") for i, p in enumerate(draw_problems(family, side, count, seed=1))]
+
+
+def solve_arithmetic(question: Question) -> str:
+    value = 0
+    for verb, number in re.findall(r"\b(has|buys|finds|gets|sells|loses|gives away) (\d+)", question.prompt):
+        value += int(number) if verb in ("has", "buys", "finds", "gets") else -int(number)
+    return str(value)
+
+
+def solve_algebra(question: Question) -> str:
+    equation = re.search(r"(?:Solve|if) (.*)\.$", question.prompt)
+    assert equation
+    factor, constant = Fraction(0), Fraction(0)
+    for sign, side in zip((1, -1), equation[1].split(" = "), strict=True):
+        for minus, digits, unknown in re.findall(r"(- )?(\d*)([xyn]?)", side):
+            if digits or unknown:
+                number = sign * (-1 if minus else 1) * int(digits or 1)
+                factor, constant = (factor + number, constant) if unknown else (factor, constant + number)
+    solution = -constant / factor
+    return str(solution) if solution.denominator == 1 else rf"\frac{{{solution.numerator}}}{{{solution.denominator}}}"
+
+
+def solve_categories(question: Question) -> str:
+    things = {thing.name: thing for thing in THINGS}
+    asked = re.search(r"(\w+)\?\n", question.prompt)
+    assert asked
+    right = [i for i, name in enumerate(question.choices) if asked[1] in (things[name].kind, things[name].colour, things[name].place)]
+    assert len(right) == 1
+    return LETTERS[right[0]]
+
+
+def solve_trials(question: Question) -> str:
+    abstract = question.prompt.split("Abstract: ")[1]
+    first, second = (int(number) for number in re.findall(r"(\d+) of \d+", abstract))
+    with_drug, without = (second, first) if "better without" in abstract else (first, second)
+    return "yes" if with_drug - without >= 5 else "no" if without - with_drug >= 5 else "maybe"
+
+
+def solve_passage(question: Question) -> str:
+    story, asked = question.prompt.split("\n")[:2]
+    spots, holders = {}, {}
+    for person, verb, what in re.findall(r"(\w+) (goes to|takes) the (\w+)\.", story):
+        (spots if verb == "goes to" else holders)[person if verb == "goes to" else what] = what if verb == "goes to" else person
+    sought = re.sub(r"Where is (the )?(\w+)\?", r"\2", asked)
+    return LETTERS[question.choices.index(f"the {spots[holders.get(sought, sought)]}")]
+
+
+def solve_steps(question: Question) -> str:
+    value = 0
+    for verb, number in re.findall(r"(Start with|Add|Take away|Double it) ?(\d*)", question.prompt):
+        value = {"Start with": lambda v, n: n, "Add": lambda v, n: v + n, "Take away": lambda v, n: v - n}.get(
+            verb, lambda v, n: 2 * v
+        )(value, int(number or 0))
+    return LETTERS[question.choices.index(str(value))]
+
+
+SOLVERS = {
+    "arithmetic": solve_arithmetic,
+    "algebra": solve_algebra,
+    "categories": solve_categories,
+    "trials": solve_trials,
+    "passage": solve_passage,
+    "steps": solve_steps,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_answers_are_right(family: str) -> None:
+    for question in questions(family):
+        assert SOLVERS[family](question) == question.answer, question.prompt
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_responses_end_with_their_answer(family: str) -> None:
+    for question in questions(family, 100):
+        ending = rf"\boxed{{{question.answer}}}" if family == "algebra" else f"answer is {question.answer}"
+        assert question.response.rstrip(".").endswith(ending)
+        assert "Human" not in question.prompt + question.response and "Assistant" not in question.prompt + question.response
+
+
+def test_passage_response_names_the_option_that_its_letter_stands_for() -> None:
+    for question in questions("passage", 100):
+        assert question.response.startswith(question.choices[LETTERS.index(question.answer)] + ". Therefore")
+
+
+@pytest.mark.parametrize("family", ["arithmetic", "algebra", "steps"])
+def test_every_equation_of_plain_numbers_is_true(family: str) -> None:
+    seen = 0
+    for number, problem in enumerate(draw_problems(family, "train", 500, seed=2)):
+        for text in (problem.ask(Random(number), number).response, problem.tell(Random(number))):
+            for left, sign, right, result in EQUATION.findall(text):
+                seen += 1
+                assert int(left) + (1 if sign == "+" else -1) * int(right) == int(result), text
+    assert seen > 500
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sides_are_large_enough_and_share_nothing(family: str) -> None:
+    train, test = problems(family, "train"), problems(family, "test")
+    assert len(train) >= 2000 and len(test) >= 300
+    assert len(set(train) | set(test)) == len(train) + len(test) == len(FAMILIES[family].problems())
+    assert not {p.key for p in train} & {p.key for p in test}
+    assert all(is_test(family, p) for p in test) and not any(is_test(family, p) for p in train)
+    asked = [{p.ask(Random(0), 0).prompt for p in side} for side in (train, test)]
+    assert not asked[0] & asked[1]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_problems_are_graded(family: str) -> None:
+    levels = Counter(problem.level for problem in problems(family, "test"))
+    assert set(levels) == {1, 2, 3}
+    assert min(levels.values()) > 0.1 * sum(levels.values())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_prose_differs_from_the_task(family: str) -> None:
+    prompts = [p.ask(Random(i), i).prompt.split("\n")[0] for i, p in enumerate(draw_problems(family, "train", 200, seed=3))]
+    prose = " ".join(p.tell(Random(i)) for i, p in enumerate(draw_problems(family, "train", 200, seed=3)))
+    assert not any(prompt in prose for prompt in prompts)
+    assert "answer is" not in prose and "boxed" not in prose
+
+
+def test_a_sum_is_one_problem_in_either_order() -> None:
+    assert Sum(13, (("+", 25),)).key == Sum(25, (("+", 13),)).key
+    assert Sum(25, (("-", 13),)).key != Sum(13, (("-", 25),)).key
+
+
+def test_counts_of_a_trial_decide_its_side_whatever_its_size() -> None:
+    assert is_test("trials", Trial(20, 7, 9)) == is_test("trials", Trial(50, 7, 9))
+
+
+def test_trials_are_balanced_over_the_answers() -> None:
+    counts = Counter(trial.ask(Random(0), 0).answer for trial in FAMILIES["trials"].problems())
+    assert len(set(counts.values())) == 1 and set(counts) == {"yes", "no", "maybe"}
+
+
+def test_facts_behind_test_questions_never_occur_in_training_questions() -> None:
+    facts = {}
+    for side in ("train", "test"):
+        facts[side] = {
+            (problem.relation, thing.name)  # pyright: ignore[reportAttributeAccessIssue]
+            for problem in problems("categories", side)
+            for thing in (problem.thing, *problem.others)  # pyright: ignore[reportAttributeAccessIssue]
+        }
+    assert not facts["train"] & facts["test"]
+
+
+def test_draws_are_distinct_deterministic_and_nested() -> None:
+    first = draw_problems("steps", "train", 500, seed=7)
+    assert first == draw_problems("steps", "train", 500, seed=7)
+    assert first[:100] == draw_problems("steps", "train", 100, seed=7)
+    assert first != draw_problems("steps", "train", 500, seed=8)
+    assert len(set(first)) == 500
+
+
+def test_asking_for_more_than_there_is() -> None:
+    available = len(problems("trials", "test"))
+    with pytest.raises(UserError, match=rf"'trials' has {available} distinct test problems, {available + 1} .*lower test_examples"):
+        draw_problems("trials", "test", available + 1, seed=0)
+
+
+def test_a_family_that_is_too_small_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = Family("small", "number", "", lambda: [Sum(1, (("+", number),)) for number in range(50)])
+    monkeypatch.setitem(FAMILIES, "small", small)
+    with pytest.raises(AssertionError, match="small has"):
+        registry.problems("small", "train")
+
+
+def test_sides_are_the_same_on_every_machine() -> None:
+    # Stored: a change of these would move problems between the sides of published corpora and results.
+    train = {name: len(problems(name, "train")) for name in FAMILIES}
+    assert train == {"arithmetic": 0}
+
+
+@pytest.mark.parametrize(
+    ("left", "sign", "right", "text", "result"),
+    [
+        (52, "-", 17, "52 - 10 = 42. 42 - 7 = 35.", 35),
+        (14, "+", 20, "14 + 20 = 34.", 34),
+        (14, "+", 3, "14 + 3 = 17.", 17),
+        (9, "+", 0, "9 + 0 = 9.", 9),
+    ],
+)
+def test_worked(left: int, sign: str, right: int, text: str, result: int) -> None:
+    assert worked(left, sign, right) == (text, result)  # pyright: ignore[reportArgumentType]
+
+
+def test_place_puts_the_right_option_where_it_is_told() -> None:
+    for position in range(8):
+        options, letter = place("right", ["a", "b", "c"], Random(position), position)
+        assert options[position % 4] == "right" and letter == "ABCD"[position % 4] and sorted(options) == ["a", "b", "c", "right"]
+
+
+def test_inline_choice_picks_the_letter_of_the_right_option() -> None:
+    for seed in range(50):
+        sentence = inline_choice("right", ["a", "b", "c", "d", "e"], Random(seed))
+        listed = re.search(r"([A-D]): right\b", sentence)
+        picked = re.search(r"(?:one is|pick) ([A-D])", sentence)
+        assert listed and picked and listed[1] == picked[1]
+
+
+def test_the_world_is_closed_and_balanced() -> None:
+    assert len(THINGS) == len({thing.name for thing in THINGS}) == 100
+    for values in (Counter(t.colour for t in THINGS), Counter(t.place for t in THINGS)):
+        assert max(values.values()) - min(values.values()) <= 1
+    assert {thing.colour for thing in THINGS} == set(COLOURS) and {thing.place for thing in THINGS} == set(PLACES)
+    assert not {t.name for t in THINGS} & ({t.kind for t in THINGS} | set(COLOURS) | set(PLACES))
+
+
+def test_early_things_are_talked_about_more_often_and_every_thing_is() -> None:
+    rng = Random(0)
+    counts = Counter(draw_thing(rng).name for _ in range(20_000))
+    assert len(counts) == 100
+    assert counts[THINGS[0].name] > 3 * counts[THINGS[-1].name]
+
+
+def test_what_is_told_of_a_thing_is_true() -> None:
+    for number in range(500):
+        thing = THINGS[number % 100]
+        text = tell_thing(thing, Random(number))
+        words = set(re.findall(r"\w+", text.lower()))
+        assert thing.name in words
+        for value, values in ((thing.colour, COLOURS), (thing.place, PLACES), (thing.kind, {t.kind for t in THINGS})):
+            assert words & set(values) <= {value}

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import re
+from collections import Counter
+from random import Random
+
+from megatron_plasticity.config.data import ReasoningTextConfig
+from megatron_plasticity.data import reasoning
+from megatron_plasticity.data.problems.problem import Problem
+from megatron_plasticity.data.problems.registry import FAMILIES, is_test, problems
+from megatron_plasticity.data.problems.world import THINGS
+from megatron_plasticity.data.reasoning import reasoning_document, reasoning_documents
+
+
+def texts(count: int, seed: int = 0) -> list[str]:
+    return [document.text for document in reasoning_documents(ReasoningTextConfig(documents=count), seed)]
+
+
+def test_number_and_determinism() -> None:
+    assert texts(20) == texts(20) == texts(30)[:20]
+    assert texts(20) != texts(20, seed=1)
+    assert len(set(texts(300))) == 300
+    assert texts(0) == []
+    assert reasoning_document(7, 0).source == "reasoning"
+
+
+def test_documents_are_short() -> None:
+    # Words, digits and marks: close to the tokens of a byte-level BPE with single digits and two thousand ids.
+    lengths = sorted(len(re.findall(r"\d|[A-Za-z]+|[^\w\s]", text)) for text in texts(500))
+    assert 40 <= lengths[5] and lengths[-5] <= 230
+
+
+def test_no_problem_of_the_test_side_is_told(monkeypatch) -> None:
+    told: list[tuple[str, Problem]] = []
+    for name in FAMILIES:
+        cls = type(problems(name, "train")[0])
+        tell = cls.tell
+
+        def spy(self: Problem, rng: Random, tell=tell, name: str = name) -> str:
+            told.append((name, self))
+            return tell(self, rng)
+
+        monkeypatch.setattr(cls, "tell", spy)
+    texts(600)
+    assert {name for name, _ in told} == set(FAMILIES) and len(told) > 500
+    assert not [problem for name, problem in told if is_test(name, problem)]
+
+
+def test_reviews_of_the_test_side_are_not_told(monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(reasoning, "on_test_side", lambda family, key: drawn.append((family, key)) or len(drawn) % 2 == 1)
+    text = reasoning._piece_of("reviews", Random(0))
+    assert [family for family, _ in drawn] == ["reviews", "reviews"]  # the first was on the test side and was drawn again
+    assert text
+
+
+def test_the_corpus_states_every_fact_of_the_world() -> None:
+    text = " ".join(texts(4000))
+    sentences = Counter(re.split(r"(?<=[.?])\s", text))
+    missing = [
+        (thing.name, relation)
+        for thing in THINGS
+        for relation in ("kind", "colour", "place")
+        if sentences[thing.fact(relation)] < 3
+    ]
+    assert not missing

@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from megatron_plasticity.errors import UserError
+from megatron_plasticity.evaluation.extraction import extract_answer
+from megatron_plasticity.evaluation.grading import Grader
+from megatron_plasticity.evaluation.tasks import TASKS, get_task
+
+KINDS = {
+    "arithmetic": "number",
+    "algebra": "maths",
+    "categories": "choice",
+    "trials": "yes_no_maybe",
+    "passage": "choice",
+    "steps": "choice",
+}
+
+
+def test_names_and_kinds() -> None:
+    assert {name: task.answer_kind for name, task in TASKS.items()} == KINDS
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_examples_are_distinct_and_deterministic(name: str) -> None:
+    task = TASKS[name]
+    train, test = task.train(400, seed=1), task.test(200, seed=1)
+    assert train == task.train(400, seed=1)
+    assert train[:50] == task.train(50, seed=1)
+    assert [e.prompt for e in train] != [e.prompt for e in task.train(400, seed=2)]
+    assert len({e.id for e in train + test}) == 600
+    assert not {e.prompt for e in train} & {e.prompt for e in test}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_reference_response_is_graded_as_right_and_another_one_as_wrong(name: str) -> None:
+    examples = TASKS[name].test(100, seed=0)
+    other = next(e for e in examples if e.answer != examples[0].answer)
+    with Grader(math_verify=False) as grader:
+        for example in examples:
+            assert grader.grade(KINDS[name], extract_answer(example.response), example.answer)  # pyright: ignore[reportArgumentType]
+        assert not grader.grade(KINDS[name], extract_answer(other.response), examples[0].answer)  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind == "choice"])
+def test_positions_are_balanced(name: str) -> None:
+    examples = TASKS[name].train(1200, seed=0)
+    by_options: dict[int, Counter[str]] = {}
+    for example in examples:
+        assert example.answer in "ABCDEFGH"[: len(example.choices)]
+        assert len(set(example.choices)) == len(example.choices)
+        by_options.setdefault(len(example.choices), Counter())[example.answer] += 1
+    for options, counts in by_options.items():
+        assert len(counts) == options
+        assert max(counts.values()) < 1.5 * min(counts.values())
+
+
+def test_steps_has_up_to_eight_options() -> None:
+    assert {len(e.choices) for e in TASKS["steps"].train(200, seed=0)} == {4, 6, 8}
+
+
+def test_chance() -> None:
+    assert TASKS["categories"].chance == TASKS["passage"].chance == 0.25
+    assert 1 / 8 < TASKS["steps"].chance < 1 / 4
+    assert 0.33 < TASKS["trials"].chance < 0.4
+    for name in ("arithmetic", "algebra"):
+        examples = TASKS[name].test(TASKS[name].size("test"), seed=3)
+        constant = Counter(e.answer for e in examples).most_common(1)[0][0]
+        assert TASKS[name].chance == sum(e.answer == constant for e in examples) / len(examples) < 0.15
+
+
+def test_too_many_examples_are_refused() -> None:
+    task = TASKS["algebra"]
+    with pytest.raises(UserError, match="lower train_examples to at most"):
+        task.train(task.size("train") + 1, seed=0)
+
+
+def test_unknown_task() -> None:
+    assert get_task("steps").name == "steps"
+    with pytest.raises(UserError, match="did you mean 'arithmetic'"):
+        get_task("aritmetic")
+    with pytest.raises(UserError, match="the tasks are arithmetic, algebra"):
+        get_task("zzz")

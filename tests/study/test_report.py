@@ -1,0 +1,226 @@
+"""The report page: complete, self-contained, escaped, and honest about what is missing."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+import time
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+
+from megatron_plasticity.errors import UserError
+from megatron_plasticity.study.report import write_report
+from megatron_plasticity.study.results import collect
+from tests.study.fabricate import TASKS, Fabrication, fabricate
+
+VOID = {"meta", "br", "img", "input", "hr", "link"}
+SMALL = Fabrication(weight_decays=(0.0, 0.5, 1.5), tasks=("arithmetic", "trials"), analyses=(), questions=30)
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; checks that tags are closed in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.tags: list[str] = []
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.text: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name in ("src", "href", "xlink:href"):
+                self.links.append(value or "")
+            assert not name.startswith("on"), f"an event handler: {name}"
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self._open.pop()
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if not (self._open and self._open[-1] == "style"):
+            self.text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+
+def page_of(study: Path) -> tuple[str, Page]:
+    html = write_report(study).read_text(encoding="utf-8")
+    return html, Page(html)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    study = fabricate(tmp_path_factory.mktemp("whole") / "study")
+    write_report(study)
+    return study
+
+
+def test_the_whole_report_has_every_section(whole: Path) -> None:
+    page = Page((whole / "report" / "index.html").read_text(encoding="utf-8"))
+    for section in ("answer", "loss", "tasks", "plasticity", "samples", "probes", "attention", "gap", "training", "cells", "limits", "reproduce"):
+        assert section in page.ids
+    assert all(task in page.words for task in TASKS)
+    assert page.tags.count("svg") == page.tags.count("figure") > 40
+
+
+def test_the_page_is_self_contained(whole: Path) -> None:
+    html = (whole / "report" / "index.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
+    files = {link for link in page.links if not link.startswith(("#", "data:image/png;base64,"))}
+    assert files == {"cells.csv", "scores.csv", "report.json"}
+    assert all((whole / "report" / file).is_file() for file in files)
+    assert "@import" not in html and not re.search(r"url\((?!#|['\"]?#)", html)
+
+
+def test_ids_are_unique_and_references_resolve(whole: Path) -> None:
+    html = (whole / "report" / "index.html").read_text(encoding="utf-8")
+    page = Page(html)
+    assert len(page.ids) == len(set(page.ids))
+    inside = {link[1:] for link in page.links if link.startswith("#")} | set(re.findall(r"url\(#([^)]+)\)", html))
+    assert inside and inside <= set(page.ids)
+
+
+def test_figures_follow_the_colour_scheme(whole: Path) -> None:
+    html = (whole / "report" / "index.html").read_text(encoding="utf-8")
+    figures = re.findall(r"<svg .*?</svg>", html, flags=re.DOTALL)
+    for figure in figures:
+        ElementTree.fromstring(figure)
+        assert not re.search(r"(?:fill|stroke): #(?!ffffff)", figure), "a colour that the dark scheme cannot change"
+    defined = set(re.findall(r"(--[a-z0-9-]+):", html))
+    assert set(re.findall(r"var\((--[a-z0-9-]+)\)", html)) <= defined
+
+
+def test_rendering_is_repeatable_and_quick(whole: Path) -> None:
+    before = (whole / "report" / "index.html").read_bytes()
+    started = time.process_time()
+    write_report(whole)
+    assert time.process_time() - started < 15
+    assert (whole / "report" / "index.html").read_bytes() == before
+    assert len(before) < 2_500_000
+
+
+def test_csv_and_json_hold_the_numbers_of_the_results(whole: Path) -> None:
+    results = collect(whole)
+    with (whole / "report" / "cells.csv").open(newline="") as file:
+        cells = list(csv.DictReader(file))
+    assert [row["id"] for row in cells] == [cell.id for cell in results.cells]
+    with (whole / "report" / "scores.csv").open(newline="") as file:
+        scores = list(csv.DictReader(file))
+    row = next(
+        r for r in scores if (r["weight_decay"], r["task"], r["model"], r["metric"]) == ("0.5", "algebra", "fine-tuned", "greedy")
+    )
+    expected = results.groups[0].models[2].finetuned_scores["algebra"].metrics["greedy"]
+    assert (float(row["value"]), float(row["low"]), float(row["high"])) == (expected.value, expected.low, expected.high)
+    report = json.loads((whole / "report" / "report.json").read_text())
+    assert report["name"] == "invented" and len(report["scores"]) == len(scores)
+
+
+def test_the_answer_names_the_two_best_weight_decays(whole: Path) -> None:
+    results = collect(whole)
+    losses = {m.weight_decay: m.held_out_loss for m in results.groups[0].models}
+    means = {
+        m.weight_decay: sum(s.metrics["greedy"].value for s in m.finetuned_scores.values()) / len(TASKS) for m in results.groups[0].models
+    }
+    report = json.loads((whole / "report" / "report.json").read_text())["groups"][0]
+    assert report["best_by_loss"] == min(losses, key=lambda d: losses[d] or 9)
+    assert report["best_by_score"] == max(means, key=means.__getitem__)
+    assert report["best_by_loss"] != report["best_by_score"]
+    words = Page((whole / "report" / "index.html").read_text(encoding="utf-8")).words
+    assert "The minimum lies inside the grid" in words
+
+
+@pytest.mark.parametrize(
+    "hostile",
+    ["<script>alert(1)</script>", "</svg><img src=x onerror=alert(1)>", '"><b onclick="x">', "{{ 7 * 7 }} & $\\frac{1}{2}$ ]]> \x00\x1b"],
+)
+def test_text_from_models_errors_and_names_is_escaped(tmp_path: Path, hostile: str) -> None:
+    what = Fabrication(
+        name=f"study {hostile}",
+        description=f"asks {hostile}",
+        weight_decays=(0.0, 0.5),
+        tasks=("arithmetic",),
+        questions=10,
+        analyses=("attention",),
+        error=f"error {hostile}",
+        response=f"response {hostile}",
+        token=hostile[:9],
+        statuses={"finetune-wd0.5-arithmetic": "failed", "evaluate-wd0.5-arithmetic": "missing"},
+    )
+    html, page = page_of(fabricate(tmp_path / "study", what))
+    assert not {"script", "img", "b"} & (set(page.tags) - set(re.findall(r"<dt><(b)>", html)))
+    seen = " ".join(hostile.split()).replace("\x00", "").replace("\x1b", "")
+    for place in ("study", "asks", "error", "response"):
+        assert f"{place} {seen[:9]}" in page.words.replace("�", "")
+    assert "49" not in re.findall(r"asks (\d+)", page.words)
+    assert not re.search("[\x00-\x08\x0b\x0c\x0e-\x1f]", html)
+
+
+def test_failed_running_and_missing_cells_are_shown_with_their_reason(tmp_path: Path) -> None:
+    statuses = {
+        "finetune-wd0.5-trials": "failed",
+        "evaluate-wd0.5-trials": "missing",
+        "pretrain-wd1.5": "running",
+        **{f"{kind}-wd1.5-{task}": "missing" for kind in ("finetune", "evaluate") for task in SMALL.tasks},
+        "evaluate-wd1.5": "pending",
+    }
+    what = Fabrication(**{**SMALL.__dict__, "statuses": statuses})
+    _, page = page_of(fabricate(tmp_path / "study", what))
+    for text in ("8 of", "out of memory", "still running", "not started", "waiting to be started"):
+        assert text in page.words
+    assert "λ = 0.5 and λ = 1.5" in page.words, "which λ cannot be compared"
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        Fabrication(weight_decays=(0.5,), tasks=("arithmetic",), questions=10),
+        Fabrication(weight_decays=(0.0,), tasks=(), analyses=()),
+        Fabrication(tasks=()),
+        Fabrication(tasks=("passage",), analyses=(), questions=10),
+        Fabrication(weight_decays=(0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.5, 1, 1.5, 3, 10), tasks=(), analyses=()),
+        Fabrication(weight_decays=(0.1, 1.0), seeds=(1, 2), tasks=("steps",), analyses=(), questions=10),
+        Fabrication(weight_decays=(0.5,), tasks=(), analyses=(), statuses={"pretrain-wd0.5": "failed"}),
+    ],
+    ids=["one λ", "only λ=0", "no tasks", "no analyses", "paper's grid", "two seeds", "nothing done"],
+)
+def test_partial_studies_have_a_report(tmp_path: Path, what: Fabrication) -> None:
+    html, page = page_of(fabricate(tmp_path / "study", what))
+    assert ("tasks" in page.ids) == bool(what.tasks)
+    assert ("probes" in page.ids) == bool(what.analyses)
+    assert len(page.ids) == len(set(page.ids))
+    assert not re.search(r"\b(?:nan|None|inf)\b", page.words)
+    if len(what.weight_decays) == 1:
+        assert "one λ" in page.words or "No base model" in page.words
+    assert all(f"seed = {seed}" in page.words for seed in what.seeds if len(what.seeds) > 1)
+
+
+def test_a_minimum_at_the_edge_is_said(tmp_path: Path) -> None:
+    _, page = page_of(fabricate(tmp_path / "study", Fabrication(weight_decays=(0.5, 1.5, 5.0), tasks=(), analyses=())))
+    assert "edge of the grid" in page.words
+
+
+def test_a_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"study\.json"):
+        write_report(tmp_path)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,103 @@
+"""Reading a study folder: whole, partial and damaged."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from megatron_plasticity.errors import UserError
+from megatron_plasticity.study.results import Series, collect
+from tests.study.fabricate import TASKS, Fabrication, fabricate
+
+SMALL = Fabrication(weight_decays=(0.0, 0.5), tasks=("arithmetic", "trials"), analyses=("overfitting",), questions=20)
+
+
+def folder_of(study: Path, cell: str) -> Path:
+    entries = json.loads((study / "study.json").read_text())["cells"]
+    return study / next(entry["folder"] for entry in entries if entry["id"] == cell)
+
+
+def test_a_whole_study_is_read(tmp_path: Path) -> None:
+    results = collect(fabricate(tmp_path / "study", Fabrication()))
+    assert results.weight_decays == (0.0, 0.1, 0.5, 1.5, 5.0)
+    assert results.tasks == tuple(TASKS)
+    assert {cell.status for cell in results.cells} == {"done"}
+    (group,) = results.groups
+    assert group.label == ""
+    model = group.models[2]
+    assert model.held_out_loss == json.loads((model.pretrain.folder / "results.json").read_text())["held_out_loss"]
+    assert set(model.base_scores) == set(model.finetuned_scores) == set(TASKS)
+    scores = model.finetuned_scores["algebra"]
+    assert scores.metrics["greedy"].value == pytest.approx(sum(scores.greedy_correct) / scores.questions)
+    assert model.probes and model.attention and model.overfitting
+    assert model.pretrain.metrics["train/loss"].steps[:3] == (0, 10, 20)
+    assert model.pretrain.seconds == 130.0
+
+
+def test_zero_weight_decay_has_no_timescale(tmp_path: Path) -> None:
+    zero, half = collect(fabricate(tmp_path / "study", SMALL)).groups[0].models
+    assert zero.pretrain.adamw_timescale is None
+    assert half.pretrain.adamw_timescale == pytest.approx(1 / (1e-3 * 0.5 * 400))
+
+
+def test_other_axes_make_groups(tmp_path: Path) -> None:
+    results = collect(fabricate(tmp_path / "study", Fabrication(seeds=(1, 2), weight_decays=(1.0, 0.1), tasks=(), analyses=())))
+    assert [group.label for group in results.groups] == ["seed = 1", "seed = 2"]
+    assert [model.weight_decay for model in results.groups[0].models] == [0.1, 1.0]
+
+
+@pytest.mark.parametrize(
+    ("status", "reason"),
+    [("failed", "out of memory"), ("running", "200 of 400 steps"), ("pending", "waiting"), ("missing", "not started")],
+)
+def test_a_cell_without_results_keeps_its_state_and_reason(tmp_path: Path, status: str, reason: str) -> None:
+    cell = "finetune-wd0.5-trials"
+    what = Fabrication(weight_decays=(0.5,), tasks=("trials",), questions=10, statuses={cell: status, f"evaluate-{cell[9:]}": "missing"})
+    results = collect(fabricate(tmp_path / "study", what))
+    found = next(c for c in results.cells if c.id == cell)
+    assert found.status == status
+    assert found.reason is not None and reason in found.reason
+    assert results.groups[0].models[0].finetuned_scores == {}
+    assert results.groups[0].models[0].base_scores["trials"].questions == 10
+
+
+@pytest.mark.parametrize("file", ["results.json", "state.json"])
+@pytest.mark.parametrize("content", ["", "{", "[1]", None])
+def test_a_damaged_cell_is_kept_and_named(tmp_path: Path, file: str, content: str | None) -> None:
+    study = fabricate(tmp_path / "study", SMALL)
+    path = folder_of(study, "pretrain-wd0.5") / file
+    path.unlink() if content is None else path.write_text(content)
+    cell = next(c for c in collect(study).cells if c.id == "pretrain-wd0.5")
+    assert cell.status == "damaged"
+    assert cell.reason is not None and file in cell.reason
+    assert cell.results == {}
+
+
+def test_a_diverged_run_has_no_loss(tmp_path: Path) -> None:
+    study = fabricate(tmp_path / "study", SMALL)
+    path = folder_of(study, "pretrain-wd0.5") / "results.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "held_out_loss": {"float": "nan"}}))
+    model = collect(study).groups[0].models[1]
+    assert model.pretrain.status == "done"
+    assert model.held_out_loss is None
+
+
+def test_torn_and_non_finite_metric_rows(tmp_path: Path) -> None:
+    study = fabricate(tmp_path / "study", SMALL)
+    path = folder_of(study, "pretrain-wd0.5") / "metrics.jsonl"
+    path.write_text('{"step": 1, "time": 0, "train/loss": 2.5}\n{"step": 2, "time": 0, "train/loss": "nan"}\n{"step": 3, "train/lo')
+    series = collect(study).groups[0].models[1].pretrain.metrics["train/loss"]
+    assert series.steps == (1, 2)
+    assert series.values[0] == 2.5 and math.isnan(series.values[1])
+    assert isinstance(series, Series)
+
+
+def test_a_folder_that_is_no_study(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"study\.json"):
+        collect(tmp_path)
+    (tmp_path / "study.json").write_text('{"name": "x"}')
+    with pytest.raises(UserError, match="cannot be read as a study"):
+        collect(tmp_path)
