@@ -77,6 +77,9 @@ class ActivationWriter:
         self._takes = manifest.last_takes()
         self._digest = identity_digest(identity)
         self._dump: _Dump | None = None
+        """The dump that is open; the caller's."""
+        self._gathering: _Dump | None = None
+        """The dump of which batches are in memory and not on disk; the thread's."""
 
         # Shared with the thread, under the condition:
         self._changed = threading.Condition()
@@ -172,19 +175,18 @@ class ActivationWriter:
     # What follows runs in the thread.
 
     def _run(self) -> None:
-        dump: _Dump | None = None  # the one whose batches are being gathered
         try:
             while True:
                 with self._changed:
-                    self._changed.wait_for(lambda: self._queue or self._closing or (self._caller_waits and dump and dump.gathered))
+                    self._changed.wait_for(lambda: self._queue or self._closing or (self._caller_waits and self._gathering))
                     work = self._queue.popleft() if self._queue else None
                     if work is None and self._closing:
                         return
                 with explain_disk_errors(self.folder):
                     if work is not None:
-                        dump = work.dump
                         self._take_in(work)
-                    elif dump is not None:  # the caller waits for memory, and no shard is full: write the fullest
+                    elif self._gathering is not None:  # the caller waits for memory, and no shard is full: write the fullest
+                        dump = self._gathering
                         self._write(dump, max(dump.gathered, key=dump.gathered_bytes))
         except BaseException as error:
             with self._changed:
@@ -203,8 +205,10 @@ class ActivationWriter:
                 dump.gathered.setdefault(point, []).append(tensor)
                 if dump.gathered_bytes(point) >= self.shard_bytes:
                     self._write(dump, point)
+            self._gathering = dump if dump.gathered else None
 
     def _finish(self, dump: _Dump) -> None:
+        self._gathering = None
         if dump.abandoned:
             self._release(sum(map(dump.gathered_bytes, dump.gathered)))
             dump.gathered.clear()
@@ -239,6 +243,8 @@ class ActivationWriter:
         dtype = str(tensor.dtype).removeprefix("torch.")
         append_shard(self.folder, Shard(dump.step, dump.take, point, file_name, first_row, last_row, tuple(tensor.shape), dtype))
         dump.written[point] = (last_row, number + 1)
+        if not dump.gathered:
+            self._gathering = None
         self._release(size)
 
     def _release(self, size: int) -> None:

@@ -1,9 +1,9 @@
-"""Labelled texts for linear probes: `topic` (real documentation, four subjects) and `polarity` (procedural reviews, two verdicts).
+"""Labelled texts for linear probes: `topic` (real documentation, four subjects) and `polarity` (procedural reviews).
 
-`topic` is made of paragraphs of the standard library's docstrings and of the language reference behind `help()`. Files are parsed, never
-imported. A source document (a module, or one article of the reference) is on one side of the train/test split with all its
-paragraphs, and a paragraph that several documents share counts once. How much there is depends on the installation: a caller that asks
-for more gets what there is.
+`topic` is made of paragraphs of the standard library's docstrings and of the language reference behind `help()`. Files are
+parsed, never imported. A source document (a module, or one article of the reference) is on one side of the train/test split with
+all its paragraphs, and a paragraph that several documents share counts once. How much there is depends on the installation: a
+caller that asks for more gets what there is.
 """
 
 from __future__ import annotations
@@ -27,13 +27,14 @@ Split = Literal["train", "test"]
 
 # Subject → modules and packages of the standard library. One that this Python version lacks is passed over.
 _SUBJECTS = {
-    "internet": "http urllib email socket ssl smtplib smtpd ftplib imaplib poplib nntplib telnetlib xmlrpc wsgiref socketserver mailbox "
-    "cgi ipaddress html asyncio asyncore asynchat webbrowser netrc mimetypes base64",
+    "internet": "http urllib email socket ssl smtplib smtpd ftplib imaplib poplib nntplib telnetlib xmlrpc wsgiref socketserver "
+    "mailbox cgi ipaddress html asyncio asyncore asynchat webbrowser netrc mimetypes base64",
     "interfaces": "tkinter turtle turtledemo idlelib curses cmd argparse optparse getopt",
-    "language": "ast dis inspect typing tokenize lib2to3 importlib types symtable code codeop traceback pydoc doctest dataclasses abc enum "
-    "pkgutil warnings runpy modulefinder compileall unittest bdb pdb",
-    "files": "os shutil pathlib tempfile zipfile tarfile glob gzip bz2 lzma subprocess multiprocessing threading posixpath ntpath fnmatch "
-    "filecmp fileinput stat _pyio codecs shelve dbm sqlite3 logging concurrent queue csv configparser plistlib pickle json",
+    "language": "ast dis inspect typing tokenize lib2to3 importlib types symtable code codeop traceback pydoc doctest "
+    "dataclasses abc enum pkgutil warnings runpy modulefinder compileall unittest bdb pdb",
+    "files": "os shutil pathlib tempfile zipfile tarfile glob gzip bz2 lzma subprocess multiprocessing threading posixpath "
+    "ntpath fnmatch filecmp fileinput stat _pyio codecs shelve dbm sqlite3 logging concurrent queue csv configparser plistlib "
+    "pickle json",
 }
 _REFERENCE, _REFERENCE_SUBJECT = Path("pydoc_data/topics.py"), "language"
 _POLARITIES = ("negative", "positive")
@@ -75,10 +76,7 @@ def labelled_texts(name: str, split: Split, count: int, seed: int) -> list[Label
     classes = len(label_names(name))
     wanted = [count // classes + (label < count % classes) for label in range(classes)]
     rng = Random(f"{seed}/{name}/{split}")
-    if name == "topic":
-        texts = _draw_topic(split, wanted, rng)
-    else:
-        texts = _draw_polarity(split, wanted, rng)
+    texts = _draw_topic(split, wanted, rng) if name == "topic" else _draw_polarity(split, wanted, rng)
     rng.shuffle(texts)
     return texts
 
@@ -102,14 +100,14 @@ def _draw_polarity(split: Split, wanted: list[int], rng: Random) -> list[Labelle
         found = 0
         while found < number:
             review = draw_review(rng, positive=bool(label))
-            if on_test_side("reviews", review.key) == (split == "test") and review.text not in texts:
+            if on_test_side(review.key) == (split == "test") and review.text not in texts:
                 texts[review.text] = label
                 found += 1
     return [LabelledText(text, label) for text, label in texts.items()]
 
 
 def split_documents(split: Split, subject: str) -> list[SourceDocument]:
-    """Source documents of a subject on one side: in the order of their hashes, each goes to the side that lags behind its share."""
+    """Source documents of a subject on one side; in the order of their hashes, each goes to the side that lags behind."""
     sides: dict[str, list[SourceDocument]] = {"train": [], "test": []}
     sizes = {"train": 0, "test": 0}
     for document in sorted(_documents()[subject], key=lambda d: hashlib.sha256(d.name.encode()).digest()):

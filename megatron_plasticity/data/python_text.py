@@ -8,20 +8,18 @@ counts as both. What comes out depends on the installation and the seed, and on 
 from __future__ import annotations
 
 import ast
-import hashlib
-import os
 import re
-import sysconfig
 import warnings
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import pairwise
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Protocol
 
 from megatron_plasticity.config.data import PythonTextConfig
 from megatron_plasticity.data.documents import Document, document_digest
+from megatron_plasticity.data.python_files import METADATA_FILES, TextFile, find_text_files, installation_roots
 
 ENGLISH = "python_english"
 CODE = "python_code"
@@ -34,38 +32,17 @@ _LARGEST_FILE = 2_000_000
 _MOST_CHARACTERS_PER_FILE = 40_000
 _TOPICS_FILE = "pydoc_data/topics.py"  # the language reference is the exception: long, and the best prose there is
 
-_SKIPPED_FOLDERS = frozenset(
-    {"__pycache__", "test", "tests", "testing", "idle_test", "site-packages", "dist-packages", "node_modules"}
-    | {"_vendor", "vendor", "vendored", "third_party", "megatron_plasticity"}  # our own code would make the corpus change with it
-)
-_SKIPPED_NAMES = re.compile(
-    r"licen[cs]e|copying|notice|authors|requirements|cmakelists|^test_|_pb2\.py$|^(top_level|entry_points|sources)\.txt$",
-    re.IGNORECASE,
-)
-_DOCUMENTATION_SUFFIXES = frozenset({".rst", ".md", ".txt"})
-_METADATA_FOLDERS = (".dist-info", ".egg-info")
-_METADATA_FILES = frozenset({"METADATA", "PKG-INFO"})
 _FUNCTION_WORDS = frozenset(
     {"the", "a", "an", "of", "to", "in", "is", "for", "and", "or", "that", "this", "it", "be", "as", "with", "are", "by"}
 )
 _WORD = re.compile(r"[A-Za-z]+")
+_SURROGATE = re.compile("[\ud800-\udfff]")  # a docstring can hold half a character, by escape
 
 
 class Progress(Protocol):
     """What a long function tells about its advance."""
 
     def update(self, done: float, total: float, unit: str, **info: float | str) -> None: ...
-
-
-@dataclass(frozen=True)
-class TextFile:
-    """A file that may hold text."""
-
-    path: Path
-    name: str
-    """Path below its root, with forward slashes: the same on every machine with the same packages."""
-    group: str
-    """Package, or `python/<module>` for the standard library."""
 
 
 @dataclass
@@ -79,32 +56,6 @@ class PythonText:
 
     def bytes_of(self, source: str) -> int:
         return self.bytes_by_package[source].total()
-
-
-def installation_roots() -> list[tuple[Path, bool]]:
-    """Folders to look in, each with whether it is the standard library; what does not exist is left out."""
-    paths = sysconfig.get_paths()
-    roots = {Path(paths["stdlib"]).resolve(): True}
-    for key in ("purelib", "platlib"):
-        roots.setdefault(Path(paths[key]).resolve(), False)
-    return [(root, standard) for root, standard in roots.items() if root.is_dir()]
-
-
-def find_text_files(roots: Iterable[tuple[Path, bool]], seed: int) -> list[TextFile]:
-    """All candidate files, in a seeded order that takes one of each package in turn, so that none drowns the others."""
-    groups: dict[str, list[TextFile]] = defaultdict(list)
-    for root, standard in roots:
-        for file in _walk(root, standard):
-            groups[file.group].append(file)
-
-    def key(file: TextFile) -> bytes:
-        return hashlib.sha256(f"{seed}/{file.name}".encode("utf-8", errors="surrogateescape")).digest()
-
-    ranked = []
-    for files in groups.values():
-        ranked += [(rank, key(file), file) for rank, file in enumerate(sorted(files, key=key))]
-    ranked.sort(key=lambda entry: entry[:2])
-    return [file for _, _, file in ranked]
 
 
 def python_text(
@@ -146,30 +97,6 @@ def python_text(
     return result
 
 
-def _walk(root: Path, standard: bool) -> Iterator[TextFile]:
-    for folder, folders, names in os.walk(root):  # links are not followed, and folders that cannot be listed are passed over
-        folders[:] = sorted(name for name in folders if name not in _SKIPPED_FOLDERS and not name.startswith("."))
-        above = Path(folder).relative_to(root).parts
-        for name in sorted(names):
-            parts = (*above, name)
-            if _is_candidate(parts):
-                yield TextFile(Path(folder, name), "/".join(parts), _group(parts, standard))
-
-
-def _is_candidate(parts: tuple[str, ...]) -> bool:
-    name = parts[-1]
-    if any(part.endswith(_METADATA_FOLDERS) for part in parts[:-1]):
-        return name in _METADATA_FILES
-    suffix = PurePath(name).suffix
-    return (suffix == ".py" or suffix in _DOCUMENTATION_SUFFIXES) and not _SKIPPED_NAMES.search(name)
-
-
-def _group(parts: tuple[str, ...], standard: bool) -> str:
-    # "numpy-2.4.6.dist-info" belongs to numpy, "typing_extensions.py" to typing_extensions.
-    top = parts[0].split("-")[0] if parts[0].endswith(_METADATA_FOLDERS) else PurePath(parts[0]).stem
-    return f"python/{top}" if standard else top
-
-
 def _read_units(file: TextFile) -> dict[str, list[str]]:
     if file.path.is_symlink() or file.path.stat().st_size > _LARGEST_FILE:
         return {ENGLISH: [], CODE: []}
@@ -179,7 +106,7 @@ def _read_units(file: TextFile) -> dict[str, list[str]]:
     if file.path.suffix == ".py":
         english, code = split_module(text)
     else:
-        body = text.partition("\n\n")[2] if file.path.name in _METADATA_FILES else text
+        body = text.partition("\n\n")[2] if file.path.name in METADATA_FILES else text
         english, code = [body], []
     return {
         ENGLISH: _first_units(unit for text in english for unit in _pieces(text) if _is_english(unit)),
@@ -270,8 +197,8 @@ def _pieces(text: str) -> Iterator[str]:
 
 
 def _is_readable(text: str) -> bool:
-    """Not a table of numbers, not data in letters, not mostly another script."""
-    if len(text) < _SHORTEST_UNIT:
+    """Not a table of numbers, not data in letters, not mostly another script, and writable as UTF-8."""
+    if len(text) < _SHORTEST_UNIT or _SURROGATE.search(text):
         return False
     letters = sum(map(len, _WORD.findall(text)))
     spaces = text.count(" ") + text.count("\n")

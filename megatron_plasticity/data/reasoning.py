@@ -2,29 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from random import Random
 
 from megatron_plasticity.config.data import ReasoningTextConfig
 from megatron_plasticity.data.documents import Document
 from megatron_plasticity.data.problems.registry import problems
 from megatron_plasticity.data.problems.split import on_test_side
-from megatron_plasticity.data.problems.world import draw_thing, tell_thing
+from megatron_plasticity.data.problems.world import Thing, draw_thing, tell_thing
 from megatron_plasticity.data.reviews import draw_review
 
 SOURCE = "reasoning"
 
 # Shares of the documents by what they are mostly about.
 _WEIGHTS = {"facts": 6, "categories": 3, "arithmetic": 3, "algebra": 3, "trials": 3, "passage": 3, "steps": 3, "reviews": 1}
-_WORDS = (40, 100)
+_WORDS = (40, 90)
+_THINGS = 4
 
 
-def _piece_of(topic: str, rng: Random) -> str:
+def _piece_of(topic: str, things: Sequence[Thing], rng: Random) -> str:
     if topic == "facts":
-        return tell_thing(draw_thing(rng), rng)
+        return tell_thing(rng.choice(things), rng)
     if topic == "reviews":
         review = draw_review(rng, positive=rng.random() < 0.5)
-        while on_test_side("reviews", review.key):
+        while on_test_side(review.key):
             review = draw_review(rng, positive=rng.random() < 0.5)
         return f"{review.text} {review.verdict(rng)}"
     return rng.choice(problems(topic, "train")).tell(rng)
@@ -34,10 +35,12 @@ def reasoning_document(index: int, seed: int) -> Document:
     """Document number `index`: several facts and worked problems, mostly of one topic."""
     rng = Random(f"{seed}/reasoning/{index}")
     topic, other = rng.choices(list(_WEIGHTS), weights=list(_WEIGHTS.values()), k=2)
+    # A document comes back to the same few things, so that what it said before helps to foretell what it says next.
+    things = [draw_thing(rng) for _ in range(_THINGS)]
     goal = rng.randrange(*_WORDS)
     pieces: list[str] = []
     while sum(len(piece.split()) for piece in pieces) < goal:
-        pieces.append(_piece_of(topic if rng.random() < 0.75 else other, rng))
+        pieces.append(_piece_of(topic if rng.random() < 0.75 else other, things, rng))
     return Document(rng.choice((" ", "\n")).join(pieces), SOURCE)
 
 

@@ -1,7 +1,7 @@
 """Short reviews with negation and contrast, whose verdict no single word gives away.
 
-Each review states two opinions about a thing of the closed world. An opinion is an adjective, perhaps negated; a contrast word says
-which of the two opinions weighs more. Adjectives, negations, orders and contrasts are drawn independently of the verdict.
+Each review states two opinions about a thing of the closed world. An opinion is an adjective, perhaps negated; a contrast word
+says which of the two opinions weighs more. Adjectives, negations, orders and contrasts are drawn independently of the verdict.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Review:
     @property
     def key(self) -> Key:
         """What decides the verdict, without the thing and the person."""
-        return (*self.weaker, *self.stronger, self.form)
+        return ("review", *self.weaker, *self.stronger, self.form)
 
     @property
     def positive(self) -> bool:

@@ -185,7 +185,7 @@ class TokenStore:
         start = int(self._offsets[first]) // self._dtype.itemsize
         return self.read(start, int(self._lengths[first:last].sum(dtype=np.int64)))
 
-    def check(self, vocab_size: int | None = None) -> None:
+    def check(self, vocab_size: int) -> None:
         """Read everything and raise UserError unless the index is consistent and every id is below `vocab_size`."""
         _, idx_path = store_files(self.prefix)
         ends = np.cumsum(self._lengths, dtype=np.int64) * self._dtype.itemsize
@@ -196,8 +196,8 @@ class TokenStore:
             raise _damaged(idx_path, "its document boundaries are out of order")
         for start in range(0, self.tokens, 1 << 24):
             piece = self._stream[start : start + (1 << 24)]
-            if int(piece.min()) < 0 or (vocab_size is not None and int(piece.max()) >= vocab_size):
-                raise _damaged(store_files(self.prefix)[0], f"holds ids outside [0, {vocab_size or 'any'})")
+            if int(piece.min()) < 0 or int(piece.max()) >= vocab_size:
+                raise _damaged(store_files(self.prefix)[0], f"holds ids outside [0, {vocab_size})")
 
 
 def _read_header(path: Path) -> tuple[np.dtype, int, int]:

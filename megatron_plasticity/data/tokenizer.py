@@ -77,7 +77,7 @@ def train_byte_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE (Sennrich et al. 1508.07909, on bytes as in GPT-2) with one special token, `<|endoftext|>`.
 
     Every digit is a token of its own, as in Llama-2's tokenizer, so that small models can learn arithmetic. The result depends
-    on the texts alone, not on threads or on their order. A small corpus may yield fewer than `vocab_size` ids; it never yields more.
+    on the texts alone, not on threads or on their order. A small corpus may yield fewer ids, never more.
     """
     if vocab_size < 257:
         raise ValueError(f"vocab_size must be at least 257 (256 bytes and {END_OF_TEXT}), got {vocab_size}")

@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 from functools import lru_cache
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import SpawnProcess
+from pathlib import Path
 
 TIME_LIMIT_SECONDS = 4.0
 """The paper's limit for one comparison."""
@@ -107,7 +108,10 @@ class _Worker:
         if not self.connection.poll(START_LIMIT_SECONDS):
             self.stop()
             raise TimeoutError(f"a math-verify worker did not start within {START_LIMIT_SECONDS:.0f} s")
-        self.connection.recv()
+        try:
+            self.connection.recv()
+        except EOFError as error:
+            raise RuntimeError("a math-verify worker died while it started; its own message is above") from error
 
     def submit(self, item: int, pair: Pair) -> None:
         self.item = item
@@ -141,8 +145,8 @@ def _serve(connection: Connection, compare: Callable[[str, str], bool]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     logging.disable(logging.CRITICAL)  # math-verify warns about every expression that it cannot read
     _limit_memory()
-    if compare is math_verify_equal:
-        compare("1", "1")  # imports and first-use caches
+    if compare is math_verify_equal and not compare("1", "1"):  # imports it, too
+        raise RuntimeError("math-verify does not find 1 equal to 1: the installation does not work")
     connection.send(None)
     while True:
         try:
@@ -157,10 +161,13 @@ def _serve(connection: Connection, compare: Callable[[str, str], bool]) -> None:
 
 
 def _limit_memory() -> None:
-    try:
-        import resource
-    except ImportError:  # not a Unix system
+    """Allow this much address space beyond what the imports took (Linux; elsewhere the time limit alone protects)."""
+    pages = Path("/proc/self/statm")
+    if not pages.exists():
         return
+    import resource
+
+    limit = int(pages.read_text().split()[0]) * resource.getpagesize() + _MEMORY_LIMIT_BYTES
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    if hard == resource.RLIM_INFINITY or hard > _MEMORY_LIMIT_BYTES:
-        resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_LIMIT_BYTES, hard))
+    if hard == resource.RLIM_INFINITY or hard > limit:
+        resource.setrlimit(resource.RLIMIT_AS, (limit, hard))

@@ -56,7 +56,7 @@ class Outcomes:
 def cluster_answers(answers: Sequence[str | None], equivalent: Callable[[str, str], bool]) -> list[int]:
     """Number the clusters of equal answers 0, 1, … in sample order.
 
-    A sample joins the earliest cluster whose first member it equals, else it founds one; None always founds one that nobody joins.
+    A sample joins the earliest cluster whose first member it equals, or founds one; None founds one that nobody joins.
     """
     founders: list[str | None] = []
     clusters = []

@@ -1,10 +1,10 @@
 """Batched generation with a key/value cache: greedy, or n independent samples per prompt.
 
 Prompts are left-padded to one length, so that all rows of a batch write the same cache column. A prompt is read once per batch
-and its cache row is repeated for its samples; rows that have ended leave the batch. Sampling is by inverse transform: the token is
-the first whose cumulative probability exceeds a uniform number that belongs to (seed, question, sample, position) alone
-(`streams.py`), so a sample depends neither on the batch size nor on what else is in its batch (up to the last bits of the logits,
-which matrix multiplication may round differently for another batch shape).
+and its cache row is repeated for its samples; rows that have ended leave the batch. Sampling is by inverse transform: the token
+is the first whose cumulative probability exceeds a uniform number that belongs to (seed, question, sample, position) alone
+(`streams.py`), so a sample depends neither on the batch size nor on what else is in its batch (up to the last bits of the
+logits, which matrix multiplication may round differently for another batch shape).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from megatron_plasticity.models.transformer import Transformer
 if TYPE_CHECKING:
     from megatron_plasticity.tracking.progress import Progress
 
-_KEEP_ENDED = 0.25
+_KEEP_ENDED = 0.125
 """Ended rows leave the batch once they make up this share of it: dropping rows copies the cache, at about the cost of a step."""
 
 
@@ -44,9 +44,9 @@ def generate(
 ) -> list[list[list[int]]]:
     """Continue each prompt: result[question][sample] is a list of token ids without the final `end_of_text`.
 
-    Temperature 0 is greedy decoding. A sequence ends at `end_of_text`, after `max_new_tokens`, or when prompt and continuation fill
-    the model's context. `batch_size` counts sequences (a question with 16 samples counts 16). Runs on the model's device and in its
-    number format.
+    Temperature 0 is greedy decoding. A sequence ends at `end_of_text`, after `max_new_tokens`, or when prompt and continuation
+    fill the model's context. `batch_size` counts sequences (a question with 16 samples counts 16). Runs on the model's device
+    and in its number format.
 
     Raises UserError for an empty prompt, for one that leaves no room in the context, and for logits that are not numbers.
     """
@@ -72,8 +72,8 @@ def check_prompts(prompts: Sequence[Sequence[int]], context_length: int, what: s
     too_long = sum(length >= context_length for length in lengths)
     if too_long:
         raise UserError(
-            f"{what}: {too_long} of {len(lengths)} do not fit; the longest has {max(lengths)} tokens, but the model's context_length "
-            f"is {context_length}, and an answer needs at least one token more; use a model with a longer context, or leave them out"
+            f"{what}: {too_long} of {len(lengths)} do not fit; the longest has {max(lengths)} tokens, but the model's "
+            f"context_length is {context_length}, and an answer needs at least one token more; use a model with a longer context"
         )
 
 
@@ -111,9 +111,10 @@ class _Decoder:
         self._end_of_text = end_of_text
         self._temperature = temperature
         questions, samples = np.array(batch).T
-        distinct, prompt_of_row = np.unique(questions, return_inverse=True)
-        self._prompts = [prompts[question] for question in distinct]
-        self._prompt_of_row = torch.from_numpy(prompt_of_row)
+        # Distinct questions in the order of the rows, so that with one sample each a row's prompt has the row's number.
+        place = {question: number for number, question in enumerate(dict.fromkeys(questions.tolist()))}
+        self._prompts = [prompts[question] for question in place]
+        self._prompt_of_row = torch.tensor([place[question] for question in questions.tolist()])
         self._states = stream_states(seed, questions, samples)
         room = model.config.context_length - np.array([len(prompts[question]) for question in questions])
         self._limits = np.minimum(room, max_new_tokens)
@@ -157,10 +158,11 @@ class _Decoder:
         )
         padding = None if bool((lengths == longest).all()) else (longest - lengths).to(self._device)
         logits = self._model(tokens.to(self._device), cache=cache, padding=padding, positions="last")[:, 0]
-        row_of = self._prompt_of_row.to(self._device)
-        if len(row_of) > len(self._prompts):
-            cache.select(row_of)
-        return cache, logits.index_select(0, row_of)
+        if len(self._prompt_of_row) > len(self._prompts):
+            prompt_of_row = self._prompt_of_row.to(self._device)
+            cache.select(prompt_of_row)
+            logits = logits.index_select(0, prompt_of_row)
+        return cache, logits
 
     def _choose(self, logits: Tensor, rows: NDArray[np.intp], position: int) -> NDArray[np.int64]:
         """The next token of each row, from logits [rows, vocab_size]."""

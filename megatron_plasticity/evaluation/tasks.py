@@ -57,14 +57,13 @@ class Task:
 
     def _examples(self, side: Side, count: int, seed: int) -> list[Example]:
         examples = []
+        levels: Counter[int] = Counter()  # the problems of a level have equally many options
         for number, problem in enumerate(draw_problems(self.name, side, count, seed)):
             # The order of the problems is random already, so counting through the positions balances them and reveals nothing.
-            question = problem.ask(Random(f"{seed}/{self.name}/{side}/{number}"), position=number)
-            examples.append(
-                Example(
-                    f"{self.name}/{side}/{seed}/{number}", question.prompt, question.response, question.answer, question.choices
-                )
-            )
+            question = problem.ask(Random(f"{seed}/{self.name}/{side}/{number}"), position=levels[problem.level])
+            levels[problem.level] += 1
+            name = f"{self.name}/{side}/{seed}/{number}"
+            examples.append(Example(name, question.prompt, question.response, question.answer, question.choices))
         return examples
 
 

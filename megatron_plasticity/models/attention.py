@@ -1,14 +1,13 @@
 """Causal attention with grouped queries, on the fastest backend that fits.
 
-Shapes throughout: query [B, query_heads, S, head_dim], key and value [B, kv_heads, T, head_dim], where T = S + tokens in the cache;
-query head h reads key/value head h // (query_heads / kv_heads). Scores are scaled by head_dim^-1/2.
+Shapes throughout: query [B, query_heads, S, head_dim], key and value [B, kv_heads, T, head_dim], where T is S and the tokens in
+the cache together; query head h reads key/value head h // (query_heads / kv_heads). Scores are scaled by head_dim^-1/2.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -33,7 +32,7 @@ class _FlashPackage:
     head_dim_limit: int = 256
 
 
-# On Hopper and later PyTorch's SDPA runs cuDNN attention, which is faster than FlashAttention-2: only version 3 goes before it there.
+# On Hopper PyTorch's SDPA runs cuDNN attention, which is faster than FlashAttention-2: only version 3 goes before it there.
 _FLASH_PACKAGES = (
     _FlashPackage("flash-attention-3", "flash_attn_interface", (9, 9)),
     _FlashPackage("flash-attention-2", "flash_attn", (8, 8)),
@@ -49,8 +48,9 @@ def check_backend(backend: str) -> None:
 def resolved_backend(backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """Name of what really runs in training: `flash-attention-3`, `flash-attention-2`, `sdpa` or `eager`.
 
-    `auto` is the first of these that fits the device, the number format and the head dimension; it never ends at `eager`, which is there
-    to be compared with. Padded or partly cached input goes through SDPA with a mask even where a FlashAttention package was chosen.
+    `auto` is the first of these that fits the device, the number format and the head dimension; it never ends at `eager`, which
+    is there to be compared with. Input that needs a mask tensor (see `attention_mask`) goes through SDPA even where a
+    FlashAttention package was chosen.
     """
     check_backend(backend)
     if backend != "auto":
@@ -87,8 +87,8 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, backe
     if name == "eager":
         return _eager(query, key, value, mask)
     if name == "sdpa" or mask is not None:
-        # Never a mask tensor for plain causal attention: with one, the fast kernels are out of reach (and cuDNN's backward pass is
-        # wrong for some lengths, pytorch#196678).
+        # Never a mask tensor for plain causal attention: with one, the fast kernels are out of reach, and cuDNN's backward pass
+        # is wrong for some lengths (pytorch#196678).
         causal = mask is None and query.shape[2] > 1
         grouped = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped)

@@ -11,8 +11,8 @@ from megatron_plasticity.config.model import ModelConfig
 class KeyValueCache:
     """Preallocated keys (after RoPE) and values of every layer, for inference only (the writes are in place).
 
-    `length` counts the columns filled so far, padding included. `padding` is the number of leading columns of each row that hold no
-    token; `Transformer.forward` stores it here with the first tokens, and uses it for the tokens that follow.
+    `length` counts the columns filled so far, padding included. `padding` is the number of leading columns of each row that hold
+    no token; `Transformer.forward` stores it here with the first tokens, and uses it for the tokens that follow.
     """
 
     def __init__(
@@ -45,7 +45,8 @@ class KeyValueCache:
         stop = self.length + key.shape[2]
         if stop > self.max_length or key.shape[0] != self.batch:
             raise ValueError(
-                f"the cache holds {self.batch} rows of {self.max_length} tokens; {key.shape[0]} rows up to token {stop} do not fit"
+                f"the cache holds {self.batch} rows of {self.max_length} tokens; "
+                f"{key.shape[0]} rows up to token {stop} do not fit"
             )
         self.keys[layer, :, :, self.length : stop] = key
         self.values[layer, :, :, self.length : stop] = value

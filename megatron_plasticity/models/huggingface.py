@@ -64,8 +64,8 @@ def to_huggingface(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str
 def from_huggingface(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """A Hugging Face state under our names; the tensors are the same objects.
 
-    Raises UserError listing every tensor that is missing, that this architecture does not have (biases among them), or whose shape
-    disagrees with the config. A tied model may repeat its embedding as `lm_head.weight`; it must be equal.
+    Raises UserError listing every tensor that is missing, that this architecture does not have (biases among them), or whose
+    shape disagrees with the config. A tied model may repeat its embedding as `lm_head.weight`; it must be equal.
     """
     names = huggingface_names(config)
     shapes = parameter_shapes(config)
@@ -140,11 +140,11 @@ def huggingface_config(config: ModelConfig) -> dict[str, Any]:
 
 
 def model_config_from_huggingface(values: Mapping[str, Any]) -> ModelConfig:
-    """The model config that a config.json describes, in either spelling of RoPE (`rope_theta`, or `rope_parameters` of transformers 5).
+    """The model config that a config.json describes, with RoPE as `rope_theta` or, in transformers 5, as `rope_parameters`.
 
-    Raises UserError listing everything that our models do not have: another architecture, biases, another activation, scaled RoPE.
+    Raises UserError listing what our models do not have: another architecture, biases, another activation, scaled RoPE.
     """
-    families = {model_type: family for family, (model_type, _) in _ARCHITECTURES.items()}
+    families: dict[Any, Family] = {model_type: family for family, (model_type, _) in _ARCHITECTURES.items()}
     model_type = values.get("model_type")
     if model_type not in families:
         raise UserError(f"model_type {model_type!r} is not supported; expected one of {', '.join(families)}")

@@ -43,7 +43,8 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, cross_entropy_gradient: Tensor, log_partition_gradient: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *output_gradients: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        cross_entropy_gradient, log_partition_gradient = output_gradients
         logits, classes, ignored, log_partition = ctx.saved_tensors
         # d log_partition / d logits is the softmax; d chosen / d logits is 1 at the target.
         chosen_gradient = cross_entropy_gradient.masked_fill(ignored, 0.0)

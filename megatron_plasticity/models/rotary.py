@@ -45,6 +45,6 @@ class RotaryTable:
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x_j, x_{j + head_dim/2}) of x [B, S, heads, head_dim] by its angle; computed in fp32, returned in x's dtype."""
+    """Turn each pair (x_j, x_{j + head_dim/2}) of x [B, S, heads, head_dim] by its angle, in fp32; returned in x's dtype."""
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
     return (x * cos + swapped * sin).to(x.dtype)

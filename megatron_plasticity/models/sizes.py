@@ -53,11 +53,11 @@ def parameter_count(config: ModelConfig) -> ParameterCount:
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
-    """FLOPs of one forward and backward pass per token: 6·N + 12·layers·hidden_size·sequence_length (PaLM, 2204.02311, appendix B).
+    """FLOPs of a forward and backward pass per token: 6·N + 12·layers·hidden_size·sequence_length (PaLM, 2204.02311, appendix B).
 
     N counts the parameters that are multiplied with each token: all of them but the token embedding, which is a lookup; the head
-    counts whether it is tied or not. Recomputation in activation checkpointing does not count, and attention counts in full although
-    half of it is masked, so that figures compare with published ones.
+    counts whether it is tied or not. Recomputation in activation checkpointing does not count, and attention counts in full
+    although half of it is masked, so that figures compare with published ones.
     """
     multiplied = parameter_count(config).non_embedding + config.vocab_size * config.hidden_size
     return 6 * multiplied + 12 * config.layers * config.hidden_size * sequence_length

@@ -1,7 +1,7 @@
 """One decoder-only transformer for both families: RMSNorm, rotary grouped-query attention, SwiGLU, no biases, no dropout.
 
-Many sub-modules are `nn.Identity`: they are the hook points, and a hook point's name is its module path (`layers.3.attn.q`), so that
-`model.get_submodule(name).register_forward_hook(…)` is all that capturing an activation takes. docs/architecture.md lists them.
+Many sub-modules are `nn.Identity`: they are the hook points, and a hook point's name is its module path (`layers.3.attn.q`), so
+that `model.get_submodule(name).register_forward_hook(…)` is all that capturing an activation takes.
 """
 
 from __future__ import annotations
@@ -143,9 +143,9 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Logits [B, S, vocab_size] of tokens [B, S] (int64); [B, 1, vocab_size] with positions "last".
 
-        With a cache the tokens continue those in it and are added to it. `padding` [B] (int64) is the number of leading columns of each
-        row that hold no token: the other columns' logits are those of the unpadded row, and what the padding columns yield is
-        meaningless. With a cache it counts from the cache's first column and is remembered there, so the first call's is enough.
+        With a cache the tokens continue those in it and are added to it. `padding` [B] (int64) is the number of leading columns
+        of each row that hold no token: the other columns' logits are those of the unpadded row, those of padding columns mean
+        nothing. With a cache it counts from the cache's first column and is remembered there: giving it once is enough.
         """
         past, length = (0 if cache is None else cache.length), tokens.shape[1]
         if cache is not None:

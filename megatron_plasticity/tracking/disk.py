@@ -10,7 +10,14 @@ from pathlib import Path
 from megatron_plasticity.errors import UserError
 
 # Not every library that writes for us raises OSError: safetensors keeps the kernel's text, torch and SQLite have their own.
-_FULL = ("No space left on device", "Disk quota exceeded", "PytorchStreamWriter failed writing", "database or disk is full")
+# ("unexpected pos" is how torch.save ends after a write that fell short.)
+_FULL = (
+    "No space left on device",
+    "Disk quota exceeded",
+    "PytorchStreamWriter failed writing",
+    "unexpected pos",
+    "database or disk is full",
+)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from megatron_plasticity.config.training import PretrainConfig
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.tracking.process import host_name
 from megatron_plasticity.tracking.run_folder import RunFolder, RunState
@@ -76,8 +77,10 @@ def run_content(folder: Path, study: Mapping[str, Any] | None = None, cell: Mapp
     """The run of a run folder; `study` and `cell` are its places in `study.json`, if it is part of a study."""
     run = RunFolder(folder)
     state, config, cell = run.state, _read_config(folder), cell or {}
+    if state.status not in STATUS:
+        raise UserError(f"{folder / 'state.json'}: unknown status {state.status!r}; expected one of {', '.join(STATUS)}")
     kind = cell.get("kind") or run.kind
-    weight_decay = cell.get("weight_decay", (config.get("optimizer") or {}).get("weight_decay"))
+    weight_decay = cell["weight_decay"] if "weight_decay" in cell else _weight_decay(run, config)
     task = cell.get("task") or (config.get("task") or {}).get("name")
     tags = {
         "kind": kind,
@@ -130,6 +133,18 @@ def flat_numbers(results: Mapping[str, Any]) -> dict[str, float]:
             yield path, float(value)
 
     return {allowed_name(path): number for path, number in walk(results, "results")}
+
+
+def _weight_decay(run: RunFolder, config: Mapping[str, Any]) -> float | None:
+    """λ of a training run, also where the config states it as a timescale."""
+    stated = (config.get("optimizer") or {}).get("weight_decay")
+    if stated is not None or run.kind != "pretrain":
+        return stated
+    try:
+        checked = run.config
+    except UserError:
+        return None  # of an earlier release
+    return checked.weight_decay if isinstance(checked, PretrainConfig) else None
 
 
 def _study_status(statuses: set[str], over: bool) -> str:

@@ -21,7 +21,7 @@ from megatron_plasticity.errors import UserError
 from megatron_plasticity.tracking.mlflow_background import mirror_in_background
 from megatron_plasticity.tracking.mlflow_content import DatasetRecord, RunContent, run_content, study_content
 from megatron_plasticity.tracking.mlflow_cursor import Cursor, Measurement
-from megatron_plasticity.tracking.mlflow_store import connect, tracking_uri, without_credentials
+from megatron_plasticity.tracking.mlflow_store import connect, sqlite_folder, tracking_uri, without_credentials
 from megatron_plasticity.tracking.run_folder import RunFolder, RunState
 
 if TYPE_CHECKING:
@@ -84,13 +84,18 @@ class MlflowMirror:
         A cell that cannot be read, or that the server refuses, does not hold up the others; UserError names them at the end.
         """
         cells: dict[str, Mapping[str, Any]] = {cell["id"]: cell for cell in study["cells"]}
-        states = {name: _state_of(folder / cell["folder"]) for name, cell in cells.items()}
         problems: list[str] = []
+        states: dict[str, RunState] = {}
+        for name, cell in cells.items():
+            try:
+                states[name] = _state_of(folder / cell["folder"])
+            except UserError as error:
+                problems.append(f"{name}: {error}")
         with self._explained_errors():
             root = self._send(study_content(study, folder, list(states.values()), over), parent=None)
             run_ids: dict[str | None, str] = {}
             for name in _parents_first(cells):
-                if states[name].status == "pending":
+                if name not in states or states[name].status == "pending":
                     continue
                 try:
                     content = run_content(folder / cells[name]["folder"], study, cells[name])
@@ -155,7 +160,7 @@ class MlflowMirror:
     def _connected(self) -> MlflowClient:
         if self._client is None:
             client = connect(self.uri)
-            self._experiment_id = _experiment_id(client, self.experiment)
+            self._experiment_id = _experiment_id(client, self.experiment, sqlite_folder(self.uri))
             self._client = client
         return self._client
 
@@ -182,6 +187,9 @@ def _send_tags_and_params(client: MlflowClient, mirrored: _Mirrored, tags: Mappi
         client.log_batch(mirrored.run_id, params=part, synchronous=True)
     for part in _parts(new_tags, TAGS_AND_PARAMS_PER_BATCH):
         client.log_batch(mirrored.run_id, tags=part, synchronous=True)
+    if "error" in mirrored.tags and "error" not in tags:  # of an earlier attempt
+        client.delete_tag(mirrored.run_id, "error")
+        del mirrored.tags["error"]
     mirrored.params |= set(params)
     mirrored.tags |= tags
 
@@ -244,14 +252,15 @@ def _last_steps(client: MlflowClient, run: Run) -> dict[str, int]:
     return {name: max(metric.step for metric in history) for name, history in histories.items() if history}
 
 
-def _experiment_id(client: MlflowClient, name: str) -> str:
-    """The id of the experiment called `name`, which is made if it is not there."""
+def _experiment_id(client: MlflowClient, name: str, folder: Path | None) -> str:
+    """The id of the experiment called `name`, which is made if it is not there; `folder` is that of a local store."""
     from mlflow.exceptions import MlflowException
 
     experiment = client.get_experiment_by_name(name)
     if experiment is None:
         try:
-            return client.create_experiment(name)
+            # Left alone, MLflow would name a folder in whatever the working directory is.
+            return client.create_experiment(name, artifact_location=str(folder.resolve() / "mlartifacts") if folder else None)
         except MlflowException as error:
             experiment = client.get_experiment_by_name(name)  # another process may just have made it
             if experiment is None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -46,12 +49,36 @@ def connect(uri: str) -> MlflowClient:
         from mlflow.exceptions import MlflowException
     except ImportError as error:
         raise UserError(f"MLflow cannot be imported ({error}); `pip install mlflow` brings it") from None
-    if uri.startswith("sqlite:///"):
-        Path(uri.removeprefix("sqlite:///")).parent.mkdir(parents=True, exist_ok=True)
     try:
-        return MlflowClient(tracking_uri=uri)
+        with _alone_in_making(uri):
+            return MlflowClient(tracking_uri=uri)
     except MlflowException as error:
         raise UserError(f"MLflow at {without_credentials(uri)}: {without_credentials(str(error))}") from None
+
+
+def sqlite_folder(uri: str) -> Path | None:
+    """The folder of an SQLite store; None for any other."""
+    return Path(uri.removeprefix("sqlite:///")).parent if uri.startswith("sqlite:///") else None
+
+
+@contextmanager
+def _alone_in_making(uri: str) -> Iterator[None]:
+    """Let only one process at a time make an SQLite store: MLflow's migrations fail if two processes run them at once.
+
+    The folder itself is locked, since closing a second descriptor of the file would take SQLite's own locks away.
+    """
+    folder = sqlite_folder(uri)
+    if folder is None:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def without_credentials(text: str) -> str:

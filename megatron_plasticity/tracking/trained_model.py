@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from megatron_plasticity.config.analysis import AttentionConfig, OverfittingConfig, ProbesConfig
+from megatron_plasticity.config.evaluation import EvaluateConfig
+from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig
 from megatron_plasticity.data.prepare import TOKENIZER_FILE
 from megatron_plasticity.data.tokenizer import Tokenizer
 from megatron_plasticity.models.checkpoint import CheckpointFolder, open_checkpoint
+from megatron_plasticity.tracking.progress import Both, FolderProgress, Progress
 from megatron_plasticity.tracking.run_folder import RunFolder
 
 
@@ -23,6 +29,16 @@ class TrainedModel:
         return cls(checkpoint, RunFolder.containing(checkpoint.path))
 
     @property
+    def identity(self) -> str:
+        """What enters the hash of a run that reads this model: the run's hash, and the step unless it is the run's last.
+
+        So the hash of everything that follows from a run is known before the run exists.
+        """
+        if self.run.is_done and self.run.results["checkpoint"] == f"checkpoints/{self.checkpoint.path.name}":
+            return self.run.hash
+        return f"{self.run.hash}@{self.checkpoint.step}"
+
+    @property
     def tokenizer_path(self) -> Path:
         """Every training run keeps a copy of its tokenizer, so a model can be used without its corpus."""
         return self.run.path / TOKENIZER_FILE
@@ -30,12 +46,25 @@ class TrainedModel:
     def tokenizer(self) -> Tokenizer:
         return Tokenizer.load(self.tokenizer_path)
 
-    @property
-    def identity(self) -> str:
-        """What enters the hash of a run that reads this model."""
-        return model_identity(self.run.hash, self.checkpoint.step)
+    def pretraining_run(self) -> RunFolder:
+        """The run that this model was pretrained in: its own, or that of the model it was fine-tuned from."""
+        config = self.run.config
+        if isinstance(config, FinetuneConfig):
+            return TrainedModel.open(config.base).pretraining_run()
+        assert isinstance(config, PretrainConfig), "only training runs have checkpoints"
+        return self.run
 
 
-def model_identity(run_hash: str, step: int) -> str:
-    """Names the weights of a run after `step` steps; known before they exist, so a whole study can be hashed in advance."""
-    return f"{run_hash}@{step}"
+ModelReading = EvaluateConfig | ProbesConfig | AttentionConfig | OverfittingConfig
+
+
+def run_on_model(
+    kind: str, config: ModelReading, work: Callable[[TrainedModel, RunFolder, Progress], Mapping[str, Any]], progress: Progress
+) -> RunFolder:
+    """Do `work` on the model at `config.run` in a run folder of its own, unless that was done before; its result becomes results.json."""
+    trained = TrainedModel.open(config.run)
+    folder = RunFolder.create(config.output, kind, config.name, config, {"model": trained.identity})
+    if not folder.is_done:
+        with folder.running():
+            folder.mark_done(work(trained, folder, Both(progress, FolderProgress(folder))))
+    return folder

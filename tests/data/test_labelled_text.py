@@ -13,16 +13,19 @@ from megatron_plasticity.errors import UserError
 @pytest.mark.parametrize("name", ["topic", "polarity"])
 def test_draws_are_balanced_distinct_and_deterministic(name: str) -> None:
     train = labelled_texts(name, "train", 400, seed=0)
-    assert train == labelled_texts(name, "train", 400, seed=0) != labelled_texts(name, "train", 400, seed=1)
+    assert train == labelled_texts(name, "train", 400, seed=0)
+    assert train != labelled_texts(name, "train", 400, seed=1)
     counts = Counter(item.label for item in train)
-    assert set(counts) == set(range(len(label_names(name)))) and len(set(counts.values())) == 1
+    assert set(counts) == set(range(len(label_names(name))))
+    assert len(set(counts.values())) == 1
     assert len({item.text for item in train}) == len(train) == 400
 
 
 @pytest.mark.parametrize("name", ["topic", "polarity"])
 def test_train_and_test_share_no_text(name: str) -> None:
     train, test = (labelled_texts(name, split, 1500, seed=0) for split in ("train", "test"))
-    assert len(train) >= 400 and len(test) >= 200
+    assert len(train) >= 400
+    assert len(test) >= 200
     assert not {item.text for item in train} & {item.text for item in test}
 
 

@@ -11,13 +11,13 @@ import pytest
 
 from megatron_plasticity.data.problems import registry
 from megatron_plasticity.data.problems.arithmetic import Sum
-from megatron_plasticity.data.problems.problem import LETTERS, Family, Question, inline_choice, place, worked
+from megatron_plasticity.data.problems.problem import LETTERS, Family, Question, inline_choice, place
 from megatron_plasticity.data.problems.registry import FAMILIES, draw_problems, is_test, problems
-from megatron_plasticity.data.problems.trials import Trial
+from megatron_plasticity.data.problems.steps import Chain
 from megatron_plasticity.data.problems.world import COLOURS, PLACES, THINGS, draw_thing, tell_thing
 from megatron_plasticity.errors import UserError
 
-EQUATION = re.compile(r"(?<![\d/] )(?<!\w)(\d+) ([+-]) (\d+) = (\d+)")
+EQUATION = re.compile(r"(?<![+-] )(?<!\w)(\d+) ([+-]) (\d+) = (\d+)")
 
 
 def questions(family: str, count: int = 300) -> list[Question]:
@@ -48,16 +48,17 @@ def solve_categories(question: Question) -> str:
     things = {thing.name: thing for thing in THINGS}
     asked = re.search(r"(\w+)\?\n", question.prompt)
     assert asked
-    right = [i for i, name in enumerate(question.choices) if asked[1] in (things[name].kind, things[name].colour, things[name].place)]
+    values = [{things[name].kind, things[name].colour, things[name].place} for name in question.choices]
+    right = [number for number, of_option in enumerate(values) if asked[1] in of_option]
     assert len(right) == 1
     return LETTERS[right[0]]
 
 
 def solve_trials(question: Question) -> str:
-    abstract = question.prompt.split("Abstract: ")[1]
-    first, second = (int(number) for number in re.findall(r"(\d+) of \d+", abstract))
-    with_drug, without = (second, first) if "better without" in abstract else (first, second)
-    return "yes" if with_drug - without >= 5 else "no" if without - with_drug >= 5 else "maybe"
+    counts = re.search(r"(\d+) people got better with \w+ and (\d+) without", question.prompt)
+    assert counts
+    difference = int(counts[1]) - int(counts[2])
+    return "yes" if difference >= 10 else "no" if difference <= -10 else "maybe"
 
 
 def solve_passage(question: Question) -> str:
@@ -77,6 +78,8 @@ def solve_steps(question: Question) -> str:
         )(value, int(number or 0))
     return LETTERS[question.choices.index(str(value))]
 
+
+SIZES = {}
 
 SOLVERS = {
     "arithmetic": solve_arithmetic,
@@ -99,7 +102,8 @@ def test_responses_end_with_their_answer(family: str) -> None:
     for question in questions(family, 100):
         ending = rf"\boxed{{{question.answer}}}" if family == "algebra" else f"answer is {question.answer}"
         assert question.response.rstrip(".").endswith(ending)
-        assert "Human" not in question.prompt + question.response and "Assistant" not in question.prompt + question.response
+        assert "Human" not in question.prompt + question.response
+        assert "Assistant" not in question.prompt + question.response
 
 
 def test_passage_response_names_the_option_that_its_letter_stands_for() -> None:
@@ -121,10 +125,12 @@ def test_every_equation_of_plain_numbers_is_true(family: str) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sides_are_large_enough_and_share_nothing(family: str) -> None:
     train, test = problems(family, "train"), problems(family, "test")
-    assert len(train) >= 2000 and len(test) >= 300
+    assert len(train) >= 2000
+    assert len(test) >= 300
     assert len(set(train) | set(test)) == len(train) + len(test) == len(FAMILIES[family].problems())
     assert not {p.key for p in train} & {p.key for p in test}
-    assert all(is_test(family, p) for p in test) and not any(is_test(family, p) for p in train)
+    assert all(is_test(p) for p in test)
+    assert not any(is_test(p) for p in train)
     asked = [{p.ask(Random(0), 0).prompt for p in side} for side in (train, test)]
     assert not asked[0] & asked[1]
 
@@ -133,7 +139,7 @@ def test_sides_are_large_enough_and_share_nothing(family: str) -> None:
 def test_problems_are_graded(family: str) -> None:
     levels = Counter(problem.level for problem in problems(family, "test"))
     assert set(levels) == {1, 2, 3}
-    assert min(levels.values()) > 0.1 * sum(levels.values())
+    assert min(levels.values()) > 0.03 * sum(levels.values())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -141,21 +147,20 @@ def test_prose_differs_from_the_task(family: str) -> None:
     prompts = [p.ask(Random(i), i).prompt.split("\n")[0] for i, p in enumerate(draw_problems(family, "train", 200, seed=3))]
     prose = " ".join(p.tell(Random(i)) for i, p in enumerate(draw_problems(family, "train", 200, seed=3)))
     assert not any(prompt in prose for prompt in prompts)
-    assert "answer is" not in prose and "boxed" not in prose
+    assert "answer is" not in prose
+    assert "boxed" not in prose
 
 
-def test_a_sum_is_one_problem_in_either_order() -> None:
-    assert Sum(13, (("+", 25),)).key == Sum(25, (("+", 13),)).key
-    assert Sum(25, (("-", 13),)).key != Sum(13, (("-", 25),)).key
-
-
-def test_counts_of_a_trial_decide_its_side_whatever_its_size() -> None:
-    assert is_test("trials", Trial(20, 7, 9)) == is_test("trials", Trial(50, 7, 9))
+def test_chains_of_steps_share_the_side_of_the_sum_that_they_begin_with() -> None:
+    chain = Chain(4, (("double", 0), ("take", 3), ("add", 9)))
+    assert chain.key == Sum(4, (("+", 4), ("-", 3))).key
+    assert chain.key != Sum(4, (("+", 3), ("-", 3))).key
 
 
 def test_trials_are_balanced_over_the_answers() -> None:
     counts = Counter(trial.ask(Random(0), 0).answer for trial in FAMILIES["trials"].problems())
-    assert len(set(counts.values())) == 1 and set(counts) == {"yes", "no", "maybe"}
+    assert len(set(counts.values())) == 1
+    assert set(counts) == {"yes", "no", "maybe"}
 
 
 def test_facts_behind_test_questions_never_occur_in_training_questions() -> None:
@@ -179,68 +184,61 @@ def test_draws_are_distinct_deterministic_and_nested() -> None:
 
 def test_asking_for_more_than_there_is() -> None:
     available = len(problems("trials", "test"))
-    with pytest.raises(UserError, match=rf"'trials' has {available} distinct test problems, {available + 1} .*lower test_examples"):
+    message = rf"'trials' has {available} distinct test problems, {available + 1} were asked for: lower test_examples"
+    with pytest.raises(UserError, match=message):
         draw_problems("trials", "test", available + 1, seed=0)
 
 
 def test_a_family_that_is_too_small_is_a_defect(monkeypatch: pytest.MonkeyPatch) -> None:
-    small = Family("small", "number", "", lambda: [Sum(1, (("+", number),)) for number in range(50)])
+    small = Family("small", "number", "", lambda: [Sum(1, (("+", number), ("+", 1))) for number in range(50)])
     monkeypatch.setitem(FAMILIES, "small", small)
     with pytest.raises(AssertionError, match="small has"):
         registry.problems("small", "train")
 
 
 def test_sides_are_the_same_on_every_machine() -> None:
-    # Stored: a change of these would move problems between the sides of published corpora and results.
-    train = {name: len(problems(name, "train")) for name in FAMILIES}
-    assert train == {"arithmetic": 0}
-
-
-@pytest.mark.parametrize(
-    ("left", "sign", "right", "text", "result"),
-    [
-        (52, "-", 17, "52 - 10 = 42. 42 - 7 = 35.", 35),
-        (14, "+", 20, "14 + 20 = 34.", 34),
-        (14, "+", 3, "14 + 3 = 17.", 17),
-        (9, "+", 0, "9 + 0 = 9.", 9),
-    ],
-)
-def test_worked(left: int, sign: str, right: int, text: str, result: int) -> None:
-    assert worked(left, sign, right) == (text, result)  # pyright: ignore[reportArgumentType]
+    """Stored sizes: a change would move problems between the sides of corpora and results that exist already."""
+    sizes = {name: (len(problems(name, "train")), len(problems(name, "test"))) for name in FAMILIES}
+    assert sizes == SIZES
 
 
 def test_place_puts_the_right_option_where_it_is_told() -> None:
     for position in range(8):
         options, letter = place("right", ["a", "b", "c"], Random(position), position)
-        assert options[position % 4] == "right" and letter == "ABCD"[position % 4] and sorted(options) == ["a", "b", "c", "right"]
+        assert options[position % 4] == "right"
+        assert letter == "ABCD"[position % 4]
+        assert sorted(options) == ["a", "b", "c", "right"]
 
 
 def test_inline_choice_picks_the_letter_of_the_right_option() -> None:
     for seed in range(50):
         sentence = inline_choice("right", ["a", "b", "c", "d", "e"], Random(seed))
-        listed = re.search(r"([A-D]): right\b", sentence)
-        picked = re.search(r"(?:one is|pick) ([A-D])", sentence)
-        assert listed and picked and listed[1] == picked[1]
+        listed = re.search(r"([A-D])\. right\b", sentence)
+        picked = re.search(r"one is ([A-D])", sentence)
+        assert listed
+        assert picked
+        assert listed[1] == picked[1]
 
 
 def test_the_world_is_closed_and_balanced() -> None:
-    assert len(THINGS) == len({thing.name for thing in THINGS}) == 100
+    assert len(THINGS) == len({thing.name for thing in THINGS}) == 64
     for values in (Counter(t.colour for t in THINGS), Counter(t.place for t in THINGS)):
         assert max(values.values()) - min(values.values()) <= 1
-    assert {thing.colour for thing in THINGS} == set(COLOURS) and {thing.place for thing in THINGS} == set(PLACES)
+    assert {thing.colour for thing in THINGS} == set(COLOURS)
+    assert {thing.place for thing in THINGS} == set(PLACES)
     assert not {t.name for t in THINGS} & ({t.kind for t in THINGS} | set(COLOURS) | set(PLACES))
 
 
 def test_early_things_are_talked_about_more_often_and_every_thing_is() -> None:
     rng = Random(0)
     counts = Counter(draw_thing(rng).name for _ in range(20_000))
-    assert len(counts) == 100
-    assert counts[THINGS[0].name] > 3 * counts[THINGS[-1].name]
+    assert len(counts) == 64
+    assert counts[THINGS[0].name] > 2.5 * counts[THINGS[-1].name]
 
 
 def test_what_is_told_of_a_thing_is_true() -> None:
     for number in range(500):
-        thing = THINGS[number % 100]
+        thing = THINGS[number % 64]
         text = tell_thing(thing, Random(number))
         words = set(re.findall(r"\w+", text.lower()))
         assert thing.name in words

@@ -147,7 +147,7 @@ def test_the_answer_names_the_two_best_weight_decays(whole: Path) -> None:
     assert report["best_by_score"] == max(means, key=means.__getitem__)
     assert report["best_by_loss"] != report["best_by_score"]
     words = Page((whole / "report" / "index.html").read_text(encoding="utf-8")).words
-    assert "The minimum lies inside the grid" in words
+    assert "inside the grid" in words
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ def test_text_from_models_errors_and_names_is_escaped(tmp_path: Path, hostile: s
         statuses={"finetune-wd0.5-arithmetic": "failed", "evaluate-wd0.5-arithmetic": "missing"},
     )
     html, page = page_of(fabricate(tmp_path / "study", what))
-    assert not {"script", "img", "b"} & (set(page.tags) - set(re.findall(r"<dt><(b)>", html)))
+    assert not {"script", "img", "b"} & set(page.tags)
     seen = " ".join(hostile.split()).replace("\x00", "").replace("\x1b", "")
     for place in ("study", "asks", "error", "response"):
         assert f"{place} {seen[:9]}" in page.words.replace("�", "")
@@ -217,7 +217,7 @@ def test_partial_studies_have_a_report(tmp_path: Path, what: Fabrication) -> Non
 
 def test_a_minimum_at_the_edge_is_said(tmp_path: Path) -> None:
     _, page = page_of(fabricate(tmp_path / "study", Fabrication(weight_decays=(0.5, 1.5, 5.0), tasks=(), analyses=())))
-    assert "edge of the grid" in page.words
+    assert "no minimum inside" in page.words
 
 
 def test_a_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:

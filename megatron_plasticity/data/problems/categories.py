@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from megatron_plasticity.data.problems.problem import Family, Key, Question, capitalised, inline_choice, lettered, place
+from megatron_plasticity.data.problems.problem import Family, Key, Question, article, inline_choice, lettered, place
 from megatron_plasticity.data.problems.split import on_test_side
 from megatron_plasticity.data.problems.world import RELATIONS, THINGS, Relation, Thing
 
 NAME = "categories"
 _WRONG_OPTIONS = 3
-_QUESTIONS_PER_FACT = 12
+_QUESTIONS_PER_FACT = 20
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class FactQuestion:
 
     def _property(self) -> str:
         value = self.thing.value(self.relation)
-        return {"kind": f"a {value}" if value != "insect" else "an insect", "colour": value, "place": f"from the {value}"}[self.relation]
+        return {"kind": article(value), "colour": value, "place": f"from the {value}"}[self.relation]
 
     def ask(self, rng: Random, position: int) -> Question:
         options, letter = place(self.thing.name, [other.name for other in self.others], rng, position)
@@ -58,11 +58,11 @@ class FactQuestion:
         if rng.random() < 0.5:
             return f"{' '.join(facts)} So of the four only the {self.thing.name} is {self._property()}."
         chosen = inline_choice(self.thing.name, names, rng)
-        return f"{capitalised(self._property())}, which one is it? {chosen} {self.thing.fact(self.relation)}"
+        return f"One of these is {self._property()}: {chosen} {self.thing.fact(self.relation)}"
 
 
 def _fact_key(relation: Relation, thing: Thing) -> Key:
-    return (relation, thing.name)
+    return ("fact", relation, thing.name)
 
 
 def _problems() -> Sequence[FactQuestion]:
@@ -70,7 +70,7 @@ def _problems() -> Sequence[FactQuestion]:
     problems: dict[FactQuestion, None] = {}
     for relation in RELATIONS:
         for side in (False, True):
-            things = [thing for thing in THINGS if on_test_side(NAME, _fact_key(relation, thing)) == side]
+            things = [thing for thing in THINGS if on_test_side(_fact_key(relation, thing)) == side]
             for thing in things:
                 candidates = [other for other in things if other.value(relation) != thing.value(relation)]
                 for _ in range(_QUESTIONS_PER_FACT):
@@ -79,4 +79,4 @@ def _problems() -> Sequence[FactQuestion]:
     return list(problems)
 
 
-FAMILY = Family(NAME, "choice", "multiple choice over kinds, colours and places of a closed world of a hundred things", _problems)
+FAMILY = Family(NAME, "choice", "multiple choice over kinds, colours and places of a closed world", _problems)

@@ -26,7 +26,7 @@ class Passage:
 
     @property
     def key(self) -> Key:
-        return (self.sought, *(part for event in self.events for part in event))
+        return ("passage", self.sought, *(part for event in self.events for part in event))
 
     @property
     def level(self) -> int:
@@ -56,7 +56,7 @@ class Passage:
         return (rng.sample(mentioned, len(mentioned)) + rng.sample(others, len(others)))[: _OPTIONS - 1]
 
     def ask(self, rng: Random, position: int) -> Question:
-        passage = " ".join(f"{person} {'goes to' if verb == 'goes' else 'takes'} the {what}." for person, verb, what in self.events)
+        passage = _story(self.events, {"goes": "goes to", "takes": "takes"})
         right = f"the {self.spot}"
         options, letter = place(right, [f"the {spot}" for spot in self._wrong(rng)], rng, position)
         return Question(
@@ -67,12 +67,15 @@ class Passage:
         )
 
     def tell(self, rng: Random) -> str:
-        past = {"goes": ("went to", "walked to", "ran to"), "takes": ("took", "picked up")}
-        story = " ".join(f"{person} {rng.choice(past[verb])} the {what}." for person, verb, what in self.events)
-        closing = f"Now {self._subject} is in the {self.spot}."
+        story = _story(self.events, {"goes": "went to", "takes": "took"})
+        closing = f"So {self._subject} is in the {self.spot}."
         if rng.random() < 0.4:
             closing += " " + inline_choice(f"the {self.spot}", [f"the {spot}" for spot in self._wrong(rng)], rng)
         return f"{story} {closing}"
+
+
+def _story(events: Sequence[Event], verbs: dict[str, str]) -> str:
+    return " ".join(f"{person} {verbs[verb]} the {what}." for person, verb, what in events)
 
 
 def _draw(rng: Random, level: int) -> Passage:

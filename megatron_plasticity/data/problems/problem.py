@@ -34,7 +34,8 @@ class Question:
 class Problem(Protocol):
     @property
     def key(self) -> Key:
-        """What the train/test split hashes: the content, or the part of it that a test problem must not share with training."""
+        """What the train/test split hashes: what sort of content it is, then the content, or the part of it that a test problem must
+        not share with training."""
         ...
 
     @property
@@ -76,10 +77,9 @@ def lettered(options: Sequence[str], separator: str = "\n") -> str:
 
 
 def inline_choice(right: str, wrong: Sequence[str], rng: Random) -> str:
-    """A sentence of prose that names a few options by letter and picks one, to be met in pretraining."""
+    """Two sentences that name a few options by letter and pick the right one, to be met in pretraining."""
     options, letter = place(right, rng.sample(list(wrong), min(3, len(wrong))), rng, rng.randrange(4))
-    listed = ", ".join(f"{mark}: {option}" for mark, option in zip(LETTERS, options, strict=False))
-    return rng.choice((f"Out of {listed}, the right one is {letter}.", f"If the options are {listed}, pick {letter}, {right}."))
+    return f"{lettered(options, ' ')} The right one is {letter}."
 
 
 def article(noun: str) -> str:
@@ -90,18 +90,3 @@ def article(noun: str) -> str:
 def capitalised(sentence: str) -> str:
     """The sentence with a capital first letter."""
     return sentence[:1].upper() + sentence[1:]
-
-
-def worked(left: int, sign: Literal["+", "-"], right: int) -> tuple[str, int]:
-    """`left ± right` worked as sentences that add or take away tens first and units second; and the result.
-
-    >>> worked(52, "-", 17)
-    ('52 - 10 = 42. 42 - 7 = 35.', 35)
-    """
-    tens, units = right // 10 * 10, right % 10
-    sentences = []
-    for part in [part for part in (tens, units) if part] or [0]:
-        result = left + part if sign == "+" else left - part
-        sentences.append(f"{left} {sign} {part} = {result}.")
-        left = result
-    return " ".join(sentences), left

@@ -28,15 +28,15 @@ FAMILIES: dict[str, Family] = {
 }
 
 
-def is_test(family: str, problem: Problem) -> bool:
+def is_test(problem: Problem) -> bool:
     """Whether a problem belongs to the test side, decided by the hash of its content and never by its wording."""
-    return on_test_side(family, problem.key)
+    return on_test_side(problem.key)
 
 
 @cache
 def problems(family: str, side: Side) -> tuple[Problem, ...]:
     """All the problems of a family on one side, distinct, always in the same order."""
-    chosen = tuple(p for p in FAMILIES[family].problems() if is_test(family, p) == (side == "test"))
+    chosen = tuple(p for p in FAMILIES[family].problems() if is_test(p) == (side == "test"))
     least = LEAST_TRAIN if side == "train" else LEAST_TEST
     assert len(chosen) >= least, f"{family} has {len(chosen)} {side} problems, fewer than {least}"
     return chosen

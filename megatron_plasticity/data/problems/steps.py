@@ -9,7 +9,7 @@ from typing import Literal
 
 from megatron_plasticity.data.problems.problem import Family, Key, Question, inline_choice, lettered, place
 
-_LARGEST = 60
+_LARGEST = 20
 _PROBLEMS = 6000
 _OPTIONS = {2: 4, 3: 6, 4: 8}
 
@@ -18,14 +18,19 @@ Step = tuple[Literal["add", "take", "double"], int]
 
 @dataclass(frozen=True)
 class Chain:
-    """`start`, then each step in turn; every value on the way lies between 0 and 60."""
+    """`start`, then each step in turn; every value on the way lies between 0 and 20."""
 
     start: int
     steps: tuple[Step, ...]
 
     @property
     def key(self) -> Key:
-        return (self.start, *(part for step in self.steps for part in step))
+        # Its first two steps, as `arithmetic` names them, so that neither family's training gives away the other's test problems.
+        signed = [
+            ("-" if verb == "take" else "+", number or before)
+            for (verb, number), before in zip(self.steps, self.values, strict=False)
+        ]
+        return ("sum", self.start, *(part for step in signed[:2] for part in step))
 
     @property
     def level(self) -> int:
@@ -49,7 +54,7 @@ class Chain:
     def _wrong(self, rng: Random) -> list[str]:
         """Values that a slip on the way would give."""
         end = self.values[-1]
-        slips = {*self.values, *(end + shift for shift in (-10, -4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 8, 10))} - {end}
+        slips = {*self.values, *(end + shift for shift in (-4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7))} - {end}
         return [str(value) for value in rng.sample(sorted(value for value in slips if value >= 0), _OPTIONS[len(self.steps)] - 1)]
 
     def ask(self, rng: Random, position: int) -> Question:
@@ -64,19 +69,18 @@ class Chain:
         )
 
     def tell(self, rng: Random) -> str:
-        said = {"add": "adding {}", "take": "taking away {}", "double": "doubling"}
+        said = {"add": "add {}", "take": "take away {}", "double": "double it"}
         orders = ", ".join(said[verb].format(number) for verb, number in self.steps)
-        end = str(self.values[-1])
-        closing = inline_choice(end, self._wrong(rng), rng) if rng.random() < 0.4 else f"We end at {end}."
-        return f"From {self.start} by {orders}: {' '.join(self._sentences())} {closing}"
+        told = f"From {self.start}, {orders}: {' '.join(self._sentences())}"
+        return f"{told} {inline_choice(str(self.values[-1]), self._wrong(rng), rng)}" if rng.random() < 0.4 else told
 
 
 def _draw(rng: Random, length: int) -> Chain | None:
     steps: list[Step] = []
     for _ in range(length):
         verb: Literal["add", "take", "double"] = rng.choice(("add", "add", "take", "double"))
-        steps.append((verb, 0 if verb == "double" else rng.randrange(2, 10)))
-    chain = Chain(rng.randrange(3, 20), tuple(steps))
+        steps.append((verb, 0 if verb == "double" else rng.randrange(1, 10)))
+    chain = Chain(rng.randrange(1, 10), tuple(steps))
     return chain if all(0 <= value <= _LARGEST for value in chain.values) else None
 
 

@@ -1,4 +1,4 @@
-"""The closed world: a hundred named things, each with a kind, a colour and a place.
+"""The closed world: sixty-four named things, each with a kind, a colour and a place.
 
 Kinds are what the words mean in English; colours and places are drawn once and for all, so they can be known from the corpus
 only. Things early in `THINGS` are talked about more often than later ones (Zipf-like), which grades how well a fact is known.
@@ -17,16 +17,14 @@ Relation = Literal["kind", "colour", "place"]
 RELATIONS: tuple[Relation, ...] = ("kind", "colour", "place")
 
 _MEMBERS = {
-    "bird": "sparrow eagle owl crow heron goose swan robin finch hawk",
-    "fish": "trout salmon carp pike cod tuna herring perch eel shark",
-    "tree": "oak elm pine birch maple willow cedar ash fir larch",
-    "tool": "hammer saw drill spade rake file axe wrench chisel plane",
-    "fruit": "apple plum pear grape lemon melon fig cherry peach mango",
-    "flower": "rose tulip lily daisy iris orchid poppy violet aster lotus",
-    "insect": "ant bee wasp moth beetle cricket fly flea gnat locust",
-    "gem": "ruby pearl opal topaz amber jade garnet quartz onyx diamond",
-    "vegetable": "carrot potato onion bean pea leek radish turnip cabbage parsnip",
-    "boat": "canoe kayak ferry raft yacht barge tanker dinghy gondola tug",
+    "bird": "sparrow eagle owl crow goose swan robin hawk",
+    "fish": "trout salmon carp pike cod tuna perch eel",
+    "tree": "oak elm pine birch maple willow cedar ash",
+    "tool": "hammer saw drill spade rake file axe chisel",
+    "fruit": "apple plum pear grape lemon melon fig cherry",
+    "flower": "rose tulip lily daisy iris orchid poppy violet",
+    "insect": "ant bee wasp moth beetle cricket fly flea",
+    "gem": "ruby pearl opal topaz amber jade garnet diamond",
 }
 COLOURS = ("red", "blue", "green", "brown", "black", "white", "yellow", "grey")
 PLACES = ("valley", "island", "village", "coast", "desert", "forest", "harbour", "mountain")
@@ -72,17 +70,17 @@ def draw_thing(rng: Random) -> Thing:
 
 
 def tell_thing(thing: Thing, rng: Random) -> str:
-    """Some facts of one thing, in words that vary."""
+    """A fact or two of one thing, in words that vary."""
     name, kind, colour, place = thing.name, thing.kind, thing.colour, thing.place
+    facts = [thing.fact(relation) for relation in RELATIONS]
     forms = (
-        f"{thing.fact('kind')} {thing.fact('colour')} {thing.fact('place')}",
-        f"{thing.fact('colour')} {thing.fact('kind')}",
-        f"{thing.fact('place')} {thing.fact('colour')}",
+        *facts,
+        " ".join(rng.sample(facts, 2)),
         f"The {name} is {article(kind)} from the {place}.",
         f"The {colour} {name} is {article(kind)}.",
         f"The {colour} {name} comes from the {place}.",
-        f"What colour is the {name}? It is {colour}.",
-        f"Where is the {name} from? It is from the {place}.",
-        f"What is {article(name)}? {thing.fact('kind')}",
+        f"What is the colour of the {name}? {facts[1]}",
+        f"Where does the {name} come from? {facts[2]}",
+        f"What kind of thing is the {name}? {facts[0]}",
     )
     return rng.choice(forms)

@@ -25,6 +25,8 @@ _CURVES = {
     "train/learning_rate_times_weight_decay": ("Learning rate × λ", "share decayed per step"),
 }
 
+_CLASSES = {"mlp": "MLP", "norm": "norm gains", "head": "output head"}
+
 
 @dataclass(frozen=True)
 class Drawing:
@@ -63,13 +65,13 @@ class Draughtsman:
             if any(task in model.base_scores or task in model.finetuned_scores for model in self.models)
         ]
 
-    def ranks(self, losses: Mapping[float, float], scores: Mapping[float, float]) -> Drawing | None:
+    def ranks(self, losses: Mapping[float, float], scores: Mapping[float, float], caption: str) -> Drawing | None:
         """Slope chart of the λ that have a loss and a mean fine-tuned score; None for fewer than two."""
         both = [decay for decay in losses if decay in scores]
         if len(both) < 2:
             return None
         figure = outcomes.rank_figure({d: losses[d] for d in both}, {d: scores[d] for d in both}, self.palette)
-        return self._drawing(figure, "ranks", "Rank of each weight decay by held-out loss and by mean fine-tuned score")
+        return self._drawing(figure, "ranks", "Rank of each weight decay by held-out loss and by mean fine-tuned score", caption)
 
     def gaps(self) -> list[Drawing]:
         """Train–validation gap against λ, and by tenth of the run."""
@@ -121,39 +123,45 @@ class Draughtsman:
                 drawings.append(self._drawing(figure, f"rank-{matrix}", f"Pseudo-rank of {matrix} per layer against weight decay"))
         return drawings
 
-    def spectra(self) -> list[Drawing]:
-        """Normalised singular values of both matrices for a few layers."""
-        drawings = []
+    def spectra(self) -> list[list[Drawing]]:
+        """Normalised singular values of both matrices (rows) for a few layers (columns)."""
         found = [(decay, results["mean_spectrum"]) for decay, results in self._results("attention") if results.get("mean_spectrum")]
+        rows = []
         for matrix in internals.MATRIX_NAMES:
-            layers = min((len(spectrum.get(matrix) or ()) for _, spectrum in found), default=0)
-            for layer in spread(layers, _MOST_LAYERS):
-                figure = internals.spectrum_figure(matrix, layer, {d: spectrum[matrix][layer] for d, spectrum in found}, self.palette)
-                drawings.append(self._drawing(figure, f"spectrum-{matrix}-{layer}", f"Singular spectrum of {matrix} in layer {layer}"))
-        return drawings
+            layers = spread(min((len(spectrum.get(matrix) or ()) for _, spectrum in found), default=0), _MOST_LAYERS)
+            least = min((value for _, s in found for layer in layers for value in s[matrix][layer] if value > 0), default=1.0)
+            row = []
+            for layer in layers:
+                values = {decay: spectrum[matrix][layer] for decay, spectrum in found}
+                figure = internals.spectrum_figure(matrix, layer, values, least, self.palette)
+                row.append(self._drawing(figure, f"spectrum-{matrix}-{layer}", f"Singular spectrum of {matrix} in layer {layer}"))
+            rows.append(row)
+        return [row for row in rows if row]
 
-    def attention_maps(self) -> list[Drawing]:
+    def attention_maps(self) -> list[list[Drawing]]:
         """Maps of a few heads (rows) for a few λ from the least to the greatest (columns)."""
         found = [(decay, results["example_maps"]) for decay, results in self._results("attention") if results.get("example_maps")]
         found = [found[index] for index in spread(len(found), _MOST_MAP_COLUMNS)]
         heads = list(dict.fromkeys((example["layer"], example["head"]) for _, examples in found for example in examples))[:_MOST_HEADS]
         return [
-            self._drawing(
-                internals.attention_map_figure(f"λ = {decay:g}: layer {example['layer']}, head {example['head']}", example),
-                f"map-{decay!r}-{example['layer']}-{example['head']}",
-                f"Attention map of layer {example['layer']}, head {example['head']} at weight decay {decay:g}",
-            )
-            for head in heads
-            for decay, examples in found
-            for example in examples
-            if (example["layer"], example["head"]) == head
+            [
+                self._drawing(
+                    internals.attention_map_figure(f"λ = {decay:g}, layer {layer}, head {head}", example),
+                    f"map-{decay!r}-{layer}-{head}",
+                    f"Attention map of layer {layer}, head {head} at weight decay {decay:g}",
+                )
+                for decay, examples in found
+                for example in examples
+                if (example["layer"], example["head"]) == (layer, head)
+            ]
+            for layer, head in heads
         ]
 
     def curves(self) -> list[Drawing]:
         """Training curves and weight norms, for every metric that some run logged."""
         logged = dict.fromkeys(name for model in self.models for name in model.pretrain.metrics)
         norms = {
-            name: (f"{kind} norm: {name.split('/', 1)[1].replace('_', ' ')}", "L2 norm")
+            name: (f"{kind} norm: {_CLASSES.get(name.split('/', 1)[1], name.split('/', 1)[1].replace('_', ' '))}", "L2 norm")
             for prefix, kind in (("weight_norm/", "Weight"), ("update_norm/", "Update"))
             for name in logged
             if name.startswith(prefix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,17 +20,14 @@ from megatron_plasticity.study.report.drawings import Draughtsman, Drawing
 from megatron_plasticity.study.report.figures.svg import Palette, drawing
 from megatron_plasticity.study.report.findings import Findings, find
 from megatron_plasticity.study.report.limits import limits
+from megatron_plasticity.study.report.plasticity_tables import LEGEND, TitledTable, plasticity_tables
 from megatron_plasticity.study.report.samples import LONGEST_ANSWER, SampleSet, sample_sets
 from megatron_plasticity.study.report.tables import Table
 from megatron_plasticity.study.results import Group, StudyResults, collect, number
 
+_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+"""Characters that HTML forbids, which a model may well write."""
 _PACKAGES = ("megatron-plasticity", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
-_PLASTICITY_LEGEND = (
-    "A model is plastic if fine-tuning takes it far. Gain: score after fine-tuning minus score of the base model on the same questions. Area under the λ curve: "
-    "mean score over the grid, by the trapezoid rule. Best λ: the λ with the highest score after fine-tuning, with the range that 95 % of the bootstrap resamples "
-    "of the questions choose. Discordant pair: two λ of which the one with the worse loss scores better after fine-tuning.",
-)
-
 
 @dataclass(frozen=True)
 class GroupView:
@@ -42,12 +40,12 @@ class GroupView:
     model_table: Table
     tasks: list[Drawing]
     score_tables: Mapping[str, Table]
-    plasticity_tables: list[tuple[str, Table]]
+    plasticity_tables: list[TitledTable]
     samples: list[SampleSet]
     probes: Mapping[str, list[Drawing]]
     pseudo_ranks: list[Drawing]
-    spectra: list[Drawing]
-    attention_maps: list[Drawing]
+    spectra: list[list[Drawing]]
+    attention_maps: list[list[Drawing]]
     gaps: list[Drawing]
     curves: list[Drawing]
 
@@ -78,11 +76,12 @@ def render_page(results: StudyResults, findings: list[Findings]) -> str:
     environment = Environment(
         loader=PackageLoader("megatron_plasticity.study.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    return environment.get_template("template.html.jinja").render(_context(results, groups, palette))
+    html = environment.get_template("template.html.jinja").render(_context(results, groups, palette))
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", html)
 
 
 def _group_view(results: StudyResults, group: Group, found: Findings, draughtsman: Draughtsman) -> GroupView:
-    said = answer(group, found)
+    said = answer(group, found, results.tasks)
     return GroupView(
         label=group.label,
         answer=said,
@@ -91,7 +90,7 @@ def _group_view(results: StudyResults, group: Group, found: Findings, draughtsma
         model_table=tables.model_table(group.models),
         tasks=draughtsman.tasks(results.tasks),
         score_tables={task: tables.score_table(task, group.models) for task in results.tasks},
-        plasticity_tables=found.tables(),
+        plasticity_tables=plasticity_tables(found),
         samples=sample_sets(results.tasks, group.models),
         probes=draughtsman.probes(),
         pseudo_ranks=draughtsman.pseudo_ranks(),
@@ -118,7 +117,7 @@ def _context(results: StudyResults, groups: list[GroupView], palette: Palette) -
         "weight_decays": results.weight_decays,
         "unfinished": _unfinished(len(incomplete), len(results.cells), summary),
         "metrics": list(tables.METRICS.values()),
-        "plasticity_legend": _PLASTICITY_LEGEND,
+        "plasticity_legend": LEGEND,
         "longest_answer": LONGEST_ANSWER,
         "cell_summary": f"{len(results.cells)} runs: {summary}." if results.cells else "The study has no runs.",
         "incomplete_cells": tables.cell_table(incomplete) if incomplete else None,

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
-from megatron_plasticity.study.report.figures.svg import ACCENT, INK, MUTED, Palette, panel, printable
+from megatron_plasticity.study.report.figures.outcomes import chance_line
+from megatron_plasticity.study.report.figures.svg import INK, MUTED, Palette, panel, printable
 from megatron_plasticity.study.report.figures.weight_decay_axis import WeightDecayAxis
 
 MATRIX_NAMES = {"qk": "W_QK", "vp": "W_VP"}
 _MAP_COLOUR = "#3f78c9"
 """A blue of middling lightness: it is seen on white and on black."""
 _MOST_TOKEN_LABELS = 16
+_LEAST_SINGULAR = 1e-6
+"""What lies below it, relative to the largest singular value, is rounding."""
 
 
 def probe_figure(title: str, accuracies: Mapping[float, Sequence[Sequence[float]]], points: Sequence[str], chance: float, palette: Palette) -> Figure:
@@ -23,9 +28,9 @@ def probe_figure(title: str, accuracies: Mapping[float, Sequence[Sequence[float]
 
     `accuracies` is λ → [layer point][seed].
     """
-    figure, axes = panel(380, 280)
-    axes.axhline(100 * chance, color=ACCENT, linestyle=":", linewidth=1.2)
-    axes.annotate("chance", (1, 100 * chance), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points", ha="right", va="bottom", color=ACCENT, fontsize=9)  # fmt: skip
+    figure, axes = panel(380, 280, left=50, right=46)
+    if chance:
+        chance_line(axes, chance)
     places = np.arange(len(points))
     for decay, table in accuracies.items():
         means = [100 * float(np.mean(seeds)) if len(seeds) else np.nan for seeds in table]
@@ -48,14 +53,12 @@ def _point_label(point: str) -> str:
 
 
 def pseudo_rank_figure(matrix: str, ranks: Mapping[float, Sequence[float]], highest: float, axis: WeightDecayAxis) -> Figure:
-    """Pseudo-rank (mean over heads) against λ: one thin line per layer, the mean over layers bold. `ranks` is λ → [layer]."""
+    """Pseudo-rank (mean over heads) against λ: one thin line per layer, the deeper the darker, the mean over layers bold. `ranks` is λ → [layer]."""
     figure, axes = panel(380, 270)
     decays = list(ranks)
     layers = max((len(values) for values in ranks.values()), default=0)
     for layer in range(layers):
-        axis.line(axes, decays, [ranks[d][layer] for d in decays], color=MUTED, linewidth=0.9, alpha=0.3 + 0.7 * (layer + 1) / layers)
-        if layers <= 8:
-            axes.annotate(f"layer {layer}", (axis(decays[-1]), ranks[decays[-1]][layer]), xytext=(6, 0), textcoords="offset points", va="center", fontsize=9, color=MUTED, annotation_clip=False)  # fmt: skip
+        axis.line(axes, decays, [ranks[d][layer] for d in decays], color=MUTED, linewidth=0.9, alpha=0.25 + 0.75 * (layer + 1) / layers)
     axis.line(axes, decays, [float(np.mean(ranks[d])) for d in decays], color=INK, linewidth=2.4, marker="o", markersize=5)
     axes.set_ylim(0, 1.05 * highest)
     axes.set_title(f"{MATRIX_NAMES[matrix]}: pseudo-rank")
@@ -64,15 +67,19 @@ def pseudo_rank_figure(matrix: str, ranks: Mapping[float, Sequence[float]], high
     return figure
 
 
-def spectrum_figure(matrix: str, layer: int, spectra: Mapping[float, Sequence[float]], palette: Palette) -> Figure:
-    """Singular values relative to the largest, mean over heads, one line per λ, logarithmic."""
-    figure, axes = panel(260, 210)
+def spectrum_figure(matrix: str, layer: int, spectra: Mapping[float, Sequence[float]], least: float, palette: Palette) -> Figure:
+    """Singular values relative to the largest, mean over heads, one line per λ, logarithmic down to `least` (one scale for all layers)."""
+    figure, axes = panel(260, 210, left=66)
     for decay, values in spectra.items():
         axes.plot(range(1, len(values) + 1), [value if value > 0 else np.nan for value in values], color=palette[decay], linewidth=1.5)
     axes.set_yscale("log")
-    axes.set_ylim(bottom=max(axes.get_ylim()[0], 1e-6), top=1.3)
+    axes.set_ylim(bottom=max(least / 1.3, _LEAST_SINGULAR), top=1.3)
+    decades = math.ceil(-math.log10(max(least / 1.3, _LEAST_SINGULAR)))
+    ticks = [10.0**-power for power in range(decades + 1)] if decades > 1 else [1, 0.5, 0.2, 0.1]
+    axes.set_yticks([tick for tick in ticks if tick >= axes.get_ylim()[0]], minor=False)
+    axes.set_yticks([], minor=True)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_minor_formatter(lambda value, _: "")
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
     axes.set_title(f"{MATRIX_NAMES[matrix]}, layer {layer}")
     axes.set_xlabel("k")
     axes.set_ylabel("σₖ / σ₁")
@@ -83,11 +90,11 @@ def attention_map_figure(title: str, example: Mapping[str, Any]) -> Figure:
     """One head's attention weights (query down, key across) as shades; shade is the square root of the weight over its maximum."""
     weights = np.asarray(example["weights"], dtype=float)
     tokens = [printable(str(token)).replace(" ", "·") for token in example["tokens"]]
-    figure, axes = panel(210, 222)
+    figure, axes = panel(210, 226, left=46, right=4, top=22, bottom=46)
     image = np.empty((*weights.shape, 4))
     image[..., :3] = to_rgb(_MAP_COLOUR)
     image[..., 3] = np.sqrt(np.clip(np.nan_to_num(weights), 0, None) / (np.nanmax(weights) or 1.0))
-    axes.imshow(image, aspect="equal")
+    axes.imshow(image, aspect="equal", interpolation="none")
     axes.grid(False)
     axes.set_title(title, fontsize=10)
     axes.tick_params(length=0, pad=2)

@@ -11,10 +11,12 @@ from megatron_plasticity.study.report.figures.svg import ACCENT, GRID, INK, MUTE
 from megatron_plasticity.study.report.figures.weight_decay_axis import WeightDecayAxis
 from megatron_plasticity.study.results import BaseModel, Estimate
 
+_GAP = "\u2002\u2002"  # en spaces: SVG folds ordinary ones
+
 
 def loss_figure(models: Sequence[BaseModel], palette: Palette, axis: WeightDecayAxis) -> Figure:
     """Held-out loss against λ, with the AdamW timescale on top and the least loss ringed."""
-    figure, axes = panel(520, 330)
+    figure, axes = panel(460, 310, top=44)
     points = {model.weight_decay: loss for model in models if (loss := model.held_out_loss) is not None}
     axis.line(axes, list(points), list(points.values()), color=MUTED)
     for decay, loss in points.items():
@@ -30,7 +32,7 @@ def loss_figure(models: Sequence[BaseModel], palette: Palette, axis: WeightDecay
             ha=_side(axes, axis, best), va="top", color=ACCENT,
         )  # fmt: skip
     axes.set_ylabel("held-out loss (nats per token)")
-    axis.draw(axes, {model.weight_decay: model.pretrain.adamw_timescale for model in models}, width=440)
+    axis.draw(axes, {model.weight_decay: model.pretrain.adamw_timescale for model in models}, width=380)
     return figure
 
 
@@ -43,22 +45,28 @@ def _side(axes: Axes, axis: WeightDecayAxis, weight_decay: float) -> str:
 
 def task_figure(task: str, models: Sequence[BaseModel], palette: Palette, axis: WeightDecayAxis, metric: str = "greedy") -> Figure:
     """Score of one task in per cent against λ: base model dashed, fine-tuned solid, 95 % intervals, chance dotted."""
-    figure, axes = panel(320, 240)
+    figure, axes = panel(320, 240, left=50, right=46)
     base = {m.weight_decay: m.base_scores[task].metrics[metric] for m in models if metric in _metrics(m.base_scores, task)}
     tuned = {m.weight_decay: m.finetuned_scores[task].metrics[metric] for m in models if metric in _metrics(m.finetuned_scores, task)}
     _estimates(axes, axis, base, palette, style="--", filled=False)
     _estimates(axes, axis, tuned, palette, style="-", filled=True)
     scores = [s for m in models for s in (m.base_scores.get(task), m.finetuned_scores.get(task)) if s]
     chance = next((s.chance for s in scores if s.chance is not None), None)
-    if chance is not None:
-        axes.axhline(100 * chance, color=ACCENT, linestyle=":", linewidth=1.2)
-        axes.annotate("chance", (1, 100 * chance), xycoords=("axes fraction", "data"), xytext=(0, 2), textcoords="offset points", ha="right", va="bottom", color=ACCENT, fontsize=9)  # fmt: skip
+    if chance:
+        chance_line(axes, chance)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if axes.get_ylim()[0] < 8 else None)
     questions = max((s.questions for s in scores), default=0)
     axes.set_title(f"{task}  ({questions} questions)")
     axes.set_ylabel("correct, greedy (%)")
     axis.draw(axes, width=255)
     return figure
+
+
+def chance_line(axes: Axes, chance: float) -> None:
+    """A dotted line at the score of guessing, named at its right end outside the axes. `chance` is a fraction."""
+    axes.axhline(100 * chance, color=ACCENT, linestyle=":", linewidth=1.2)
+    place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": False}
+    axes.annotate("chance", (1, 100 * chance), xytext=(3, 0), ha="left", va="center", color=ACCENT, fontsize=9, **place)
 
 
 def _metrics(scores: Mapping, task: str) -> Mapping[str, Estimate]:
@@ -81,13 +89,13 @@ def rank_figure(losses: Mapping[float, float], scores: Mapping[float, float], pa
     """Slope chart: rank of each λ by held-out loss at the left and by mean fine-tuned score at the right; 1 is best."""
     by_loss = sorted(losses, key=losses.__getitem__)
     by_score = sorted(scores, key=scores.__getitem__, reverse=True)
-    figure, axes = panel(440, 90 + 30 * len(by_loss))
+    figure, axes = panel(440, 50 + 32 * len(by_loss), left=4, right=4, top=4, bottom=4)
     for decay in by_loss:
         left, right = by_loss.index(decay), by_score.index(decay)
         axes.plot([0, 1], [left, right], color=palette[decay], linewidth=2.6, solid_capstyle="round")
         axes.plot([0, 1], [left, right], "o", color=palette[decay], markersize=8, markeredgecolor=SURFACE)
-        axes.annotate(f"{left + 1}   λ = {decay:g}   {losses[decay]:.3f}", (0, left), xytext=(-10, 0), textcoords="offset points", ha="right", va="center")
-        axes.annotate(f"{100 * scores[decay]:.1f} %   λ = {decay:g}   {right + 1}", (1, right), xytext=(10, 0), textcoords="offset points", ha="left", va="center")  # fmt: skip
+        axes.annotate(f"{left + 1}{_GAP}λ = {decay:g}{_GAP}{losses[decay]:.3f}", (0, left), xytext=(-10, 0), textcoords="offset points", ha="right", va="center")
+        axes.annotate(f"{100 * scores[decay]:.1f} %{_GAP}λ = {decay:g}{_GAP}{right + 1}", (1, right), xytext=(10, 0), textcoords="offset points", ha="left", va="center")  # fmt: skip
     axes.set_ylim(len(by_loss) - 0.4, -0.9)
     axes.set_xlim(-0.75, 1.75)
     axes.text(0, -0.62, "rank by held-out loss", ha="center", color=MUTED)

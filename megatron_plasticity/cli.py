@@ -1,0 +1,107 @@
+"""The command line: a table of verbs, and how an error ends. Heavy imports happen inside the verbs, so `--help` is instant."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_plasticity import __version__, verbs
+from megatron_plasticity.errors import UserError
+
+PROGRAM = "megatron-plasticity"
+
+
+@dataclass(frozen=True)
+class Verb:
+    """One command: its words, the function that does it, and what its help says."""
+
+    words: tuple[str, ...]
+    run: Callable[[argparse.Namespace], int | None]
+    summary: str
+    example: str
+    takes: str = "config"
+    """`config`: a YAML file and overrides; `folder`: a run or study folder."""
+
+
+VERBS = (
+    Verb(("study", "run"), verbs.study_run, "run everything of a study that is not done yet", "configs/studies/quickstart.yaml"),
+    Verb(("study", "plan"), verbs.study_plan, "print the runs of a study without starting any", "configs/studies/quickstart.yaml"),
+    Verb(("study", "status"), verbs.study_status, "how far each run of a study is", "runs/quickstart", "folder"),
+    Verb(("study", "report"), verbs.study_report, "write the report of a study", "runs/quickstart", "folder"),
+    Verb(("data", "prepare"), verbs.data_prepare, "build a corpus: text, tokenizer, token files", "configs/corpora/quickstart.yaml"),
+    Verb(("pretrain",), verbs.pretrain, "pretrain one model", "configs/runs/llama2-debug.yaml optimizer.weight_decay=0.5"),
+    Verb(("finetune",), verbs.finetune, "fine-tune a model on one task", "configs/finetune/debug.yaml base=runs/pretrain-llama2-debug-HASH"),
+    Verb(("evaluate",), verbs.evaluate, "ask a model the test questions of some tasks", "configs/evaluate/debug.yaml run=runs/FOLDER"),
+    Verb(("analyze", "probes"), verbs.analyze_probes, "linear probes of every layer", "configs/analyze/probes.yaml run=runs/FOLDER"),
+    Verb(("analyze", "attention"), verbs.analyze_attention, "spectra of the attention matrices", "configs/analyze/attention.yaml run=runs/FOLDER"),
+    Verb(("analyze", "overfitting"), verbs.analyze_overfitting, "train–validation gap", "configs/analyze/overfitting.yaml run=runs/FOLDER"),
+    Verb(("mlflow", "sync"), verbs.mlflow_sync, "bring MLflow up to date with a run or study folder", "runs/quickstart", "folder"),
+)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command and exit: 0 if all went well, 1 if runs of a study failed, 2 for bad input, 128 + signal when interrupted."""
+    parsed = _parser().parse_args(arguments)
+    try:
+        sys.exit(parsed.run(parsed) or 0)
+    except UserError as error:
+        _complain(str(error))
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _complain("stopped by Ctrl-C; run the same command again to go on")
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output has left (`… | head`); nothing is wrong. Python would complain once more while closing stdout.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def _complain(message: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    print(f"error: {message}" if rank == "0" else f"error (rank {rank}): {message}", file=sys.stderr, flush=True)
+
+
+def _parser() -> argparse.ArgumentParser:
+    lines = [f"  {' '.join(verb.words):21} {verb.summary}" for verb in VERBS]
+    parser = argparse.ArgumentParser(
+        prog=PROGRAM,
+        description="Which weight decay to pretrain with: studies of language-model plasticity.",
+        epilog="commands:\n" + "\n".join(lines) + f"\n\nstart here:\n  {PROGRAM} study run configs/studies/quickstart.yaml\n",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage=f"{PROGRAM} COMMAND …  ({PROGRAM} COMMAND --help for more)",
+    )
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]] = {}
+    top = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, prog=PROGRAM, help=argparse.SUPPRESS)
+    for verb in VERBS:
+        if len(verb.words) == 1:
+            parent = top
+        else:
+            if verb.words[0] not in groups:
+                group = top.add_parser(verb.words[0])
+                groups[verb.words[0]] = group.add_subparsers(dest="subcommand", metavar="COMMAND", required=True, prog=f"{PROGRAM} {verb.words[0]}")
+            parent = groups[verb.words[0]]
+        _add(parent, verb)
+    return parser
+
+
+def _add(parent: argparse._SubParsersAction[argparse.ArgumentParser], verb: Verb) -> None:
+    command = parent.add_parser(
+        verb.words[-1],
+        help=verb.summary,
+        description=verb.summary[0].upper() + verb.summary[1:] + ".",
+        epilog=f"example:\n  {PROGRAM} {' '.join(verb.words)} {verb.example}\n\nEvery setting is described in docs/config.md.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.set_defaults(run=verb.run)
+    if verb.takes == "folder":
+        command.add_argument("folder", type=Path, metavar="FOLDER", help="run folder or study folder")
+        return
+    command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+    command.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="settings that replace the file's")
+    command.add_argument("--dry-run", action="store_true", help="check the config, print what would happen, and stop")

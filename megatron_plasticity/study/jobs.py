@@ -1,0 +1,39 @@
+"""Kind of run → the function that carries it out, and its config. The command line and the study runner share this table."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from megatron_plasticity.tracking.progress import Progress
+from megatron_plasticity.tracking.run_folder import RunFolder
+
+# Named, not imported: torch, DeepSpeed and scikit-learn load only when a run of that kind starts.
+_JOBS = {
+    "pretrain": ("megatron_plasticity.training.pretrain", "pretrain"),
+    "finetune": ("megatron_plasticity.training.finetune", "finetune"),
+    "evaluate": ("megatron_plasticity.evaluation.job", "evaluate"),
+    "probes": ("megatron_plasticity.analysis.jobs", "probes"),
+    "attention": ("megatron_plasticity.analysis.jobs", "attention"),
+    "overfitting": ("megatron_plasticity.analysis.jobs", "overfitting"),
+}
+JOB_MODULES = sorted({module for module, _ in _JOBS.values()})
+# Runs of these kinds may be spread over several processes.
+TRAINING_KINDS = ("pretrain", "finetune")
+
+Job = Callable[[Any, Progress], RunFolder]
+
+
+def job_for(kind: str) -> Job:
+    """The function (config, progress) → run folder of a kind of run."""
+    module, function = _JOBS[kind]
+    return getattr(import_module(module), function)
+
+
+def prepare_corpus(config: Any, progress: Progress) -> Path:
+    """Prepare a corpus (or do nothing if it is there); returns its folder."""
+    from megatron_plasticity.data.prepare import prepare
+
+    return prepare(config, progress)

@@ -1,0 +1,112 @@
+"""The tables of the section on plasticity, from the statistics of `analysis/plasticity.py`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_plasticity.study.report.findings import MEAN, Findings
+from megatron_plasticity.study.report.tables import Entry, Table, decimals, estimate_entry, table
+from megatron_plasticity.study.results import estimate
+
+LEGEND = (
+    ("Gain", "score after fine-tuning minus score of the base model on the same questions, in percentage points"),
+    ("Best λ", "the λ with the highest score after fine-tuning; the range holds the middle 95 % of the choices that bootstrap resamples of the questions make"),
+    ("Over choosing by loss", "score at the best λ minus score at the λ with the least held-out loss, with a paired interval. Since the best λ was picked on the same questions, it leans upwards"),  # noqa: E501
+    ("Area", "mean height of the curve over log λ by the trapezoid rule; λ = 0 counts as one step below the smallest positive λ"),
+    ("Discordant pair", "two λ of which the one with the worse loss scores better after fine-tuning; p-values are not corrected for the number of pairs"),
+    ("Correlation", "of held-out loss and score over λ, with its range when any one λ is left out; −1 would mean that loss alone orders the scores"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class TitledTable:
+    """A table with its heading; `folded` ones are opened by a click."""
+
+    title: str
+    table: Table
+    folded: bool = False
+
+
+def plasticity_tables(found: Findings) -> list[TitledTable]:
+    """Best λ, gains, loss against score, and discordant pairs; empty without any score."""
+    curves = found.curves
+    if not curves:
+        return []
+    tables = [
+        TitledTable("Best λ", _best(curves)),
+        TitledTable("Gain from fine-tuning at each λ, percentage points", _gains(curves, found.statistics["weight_decays"])),
+        TitledTable("Loss against score", _agreement(curves)),
+    ]
+    pairs = _discordant_pairs(curves)
+    return [*tables, TitledTable(f"All {len(pairs.rows)} discordant pairs", pairs, folded=True)] if pairs.rows else tables
+
+
+def _name(task: str) -> Entry:
+    return Entry(task, look="strong" if task == MEAN else "")
+
+
+def _best(curves: Mapping[str, Mapping[str, Any]]) -> Table:
+    columns = {"task": False, "best λ": True, "range of choices": True, "score there %": True, "over choosing by loss, points": True, "area, score %": True, "area, gain": True}  # fmt: skip
+    rows = []
+    for task, curve in curves.items():
+        best = curve["best"]
+        tied = "".join(f" = {decay:g}" for decay in best["ties"])
+        rows.append(
+            (
+                _name(task),
+                f"{best['weight_decay']:g}" + tied,
+                f"{best['low']:g}" if best["low"] == best["high"] else f"{best['low']:g} to {best['high']:g}",
+                estimate_entry(_at(curve, best["weight_decay"], "score")),
+                estimate_entry(estimate(curve.get("advantage"))),
+                estimate_entry(estimate(curve["area"].get("score"))),
+                estimate_entry(estimate(curve["area"].get("gain"))),
+            )
+        )
+    return table(columns, rows)
+
+
+def _at(curve: Mapping[str, Any], weight_decay: float, quantity: str) -> Any:
+    return next((estimate(row.get(quantity)) for row in curve["scores"] if row["weight_decay"] == weight_decay), None)
+
+
+def _gains(curves: Mapping[str, Mapping[str, Any]], weight_decays: Sequence[float]) -> Table:
+    columns = {"task": False, **{f"λ = {decay:g}": True for decay in weight_decays}}
+    return table(columns, [(_name(task), *(estimate_entry(_at(curve, d, "gain")) for d in weight_decays)) for task, curve in curves.items()])
+
+
+def _agreement(curves: Mapping[str, Mapping[str, Any]]) -> Table:
+    columns = {"task": False, "discordant pairs": True, "Pearson": True, "leaving one λ out": True, "Spearman": True, "leaving one λ out ": True}
+    rows = []
+    for task, curve in curves.items():
+        discordant = curve["discordant"]
+        fields = [_name(task), f"{len(discordant['discordant'])} of {discordant['pairs']}"]
+        for name in ("pearson", "spearman"):
+            correlation = curve["correlation"].get(name) or {}
+            fields.append(decimals(correlation.get("value"), 2))
+            fields.append(f"{decimals(correlation['low'], 2)} to {decimals(correlation['high'], 2)}" if "low" in correlation else "–")
+        rows.append(fields)
+    return table(columns, rows)
+
+
+def _discordant_pairs(curves: Mapping[str, Mapping[str, Any]]) -> Table:
+    columns = {"task": False, "λ with the better loss": True, "λ with the better score": True, "loss difference": True, "score difference, points": True, "p (bootstrap)": True, "p (sign test)": True}  # fmt: skip
+    rows = [
+        (
+            _name(task),
+            f"{pair['better_loss']:g}",
+            f"{pair['better_score']:g}",
+            decimals(pair["loss_difference"], 4),
+            estimate_entry(estimate(pair["score_difference"])),
+            _p_value(pair.get("bootstrap_p")),
+            _p_value(pair.get("sign_p")),
+        )
+        for task, curve in reversed(curves.items())
+        for pair in curve["discordant"]["discordant"]
+    ]
+    return table(columns, rows)
+
+
+def _p_value(value: float | None) -> str:
+    return "–" if value is None else "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -1,0 +1,273 @@
+"""What each command does. Everything heavy is imported inside the function that needs it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from megatron_plasticity.config.base import Section
+    from megatron_plasticity.tracking.progress import Progress
+    from megatron_plasticity.tracking.run_folder import RunFolder
+
+
+def data_prepare(arguments: Namespace) -> None:
+    """Build the corpus of a config, or do nothing if it is there."""
+    from megatron_plasticity.config.data import CorpusConfig
+    from megatron_plasticity.config.load import load_config
+    from megatron_plasticity.data.prepare import prepare, prepared_folder, read_manifest
+
+    config = load_config(CorpusConfig, arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        _print_config(config)
+        print(f"would be written to {prepared_folder(config)}")
+        return
+    with _console("corpus") as progress:
+        folder = prepare(config, progress)
+    splits = read_manifest(folder)["splits"]
+    for name, counts in splits.items():
+        print(f"{name}: {counts['documents']:,} documents, {counts['tokens']:,} tokens")
+    print(folder)
+
+
+def pretrain(arguments: Namespace) -> None:
+    """Pretrain one model."""
+    from megatron_plasticity.config.load import load_config
+    from megatron_plasticity.config.training import PretrainConfig
+    from megatron_plasticity.models.sizes import parameter_count
+    from megatron_plasticity.optim.schedule import adamw_timescale
+
+    config = load_config(PretrainConfig, arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        count = parameter_count(config.model)
+        timescale = adamw_timescale(config.optimizer.learning_rate, config.weight_decay, config.total_steps)
+        _print_config(config)
+        print(f"parameters: {count.total:,} ({count.non_embedding:,} without embeddings)")
+        print(f"steps: {config.total_steps:,} of {config.tokens_per_step:,} tokens, {config.total_steps * config.tokens_per_step:,} in all")
+        print(f"weight decay: {config.weight_decay:g}, AdamW timescale {'∞' if timescale is None else f'{timescale:.3g}'} of the run")
+        return
+    from megatron_plasticity.training.pretrain import pretrain, pretrain_folder
+
+    with _mirrored(lambda: pretrain_folder(config), config.logging.mlflow), _console(config.name) as progress:
+        folder = pretrain(config, progress)
+    _finish(folder, ("held_out_loss", "seen_loss", "train_loss"))
+
+
+def finetune(arguments: Namespace) -> None:
+    """Fine-tune a model on one task."""
+    from megatron_plasticity.config.load import load_config
+    from megatron_plasticity.config.training import FinetuneConfig
+
+    config = load_config(FinetuneConfig, arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        _print_config(config)
+        return
+    from megatron_plasticity.tracking.trained_model import TrainedModel
+    from megatron_plasticity.training.finetune import finetune, finetune_folder
+
+    def folder_of_run() -> RunFolder:
+        return finetune_folder(config, TrainedModel.open(config.base))
+
+    with _mirrored(folder_of_run, config.logging.mlflow), _console(config.name) as progress:
+        folder = finetune(config, progress)
+    _finish(folder, ("train_loss",))
+
+
+def evaluate(arguments: Namespace) -> None:
+    """Evaluate a model and print its scores."""
+    from megatron_plasticity.config.evaluation import EvaluateConfig
+
+    folder = _run_job("evaluate", EvaluateConfig, arguments)
+    if folder is None:
+        return
+    for task, scores in folder.results["tasks"].items():
+        print(f"{task} ({scores['questions']} questions, chance {scores['chance']:.0%})")
+        for name, metric in scores["metrics"].items():
+            interval = f"  [{metric['low']:.3f}, {metric['high']:.3f}]" if metric.get("low") is not None else ""
+            print(f"  {name:14} {metric['value']:.3f}{interval}")
+    print(folder.path)
+
+
+def analyze_probes(arguments: Namespace) -> None:
+    """Probe a model and print the accuracy at each layer."""
+    from megatron_plasticity.config.analysis import ProbesConfig
+
+    folder = _run_job("probes", ProbesConfig, arguments)
+    if folder is None:
+        return
+    for name, dataset in folder.results["datasets"].items():
+        for variant, probes in dataset["variants"].items():
+            print(f"{name}, {variant} (chance {dataset['chance']:.3f})")
+            for point, accuracies in zip(probes["points"], probes["accuracy"], strict=True):
+                print(f"  {point:22} {sum(accuracies) / len(accuracies):.3f}")
+    print(folder.path)
+
+
+def analyze_attention(arguments: Namespace) -> None:
+    """Measure the attention matrices of a model and print their pseudo-ranks."""
+    from megatron_plasticity.config.analysis import AttentionConfig
+
+    folder = _run_job("attention", AttentionConfig, arguments)
+    if folder is None:
+        return
+    results = folder.results
+    print(f"mean pseudo-rank (95 % of Σσ) of head dimension {results['head_dim']}")
+    print(f"  W_QK {results['summary']['qk_pseudo_rank']:.2f}\n  W_VP {results['summary']['vp_pseudo_rank']:.2f}")
+    print(folder.path)
+
+
+def analyze_overfitting(arguments: Namespace) -> None:
+    """Measure the train–validation gap of a pretraining run and print it."""
+    from megatron_plasticity.config.analysis import OverfittingConfig
+
+    folder = _run_job("overfitting", OverfittingConfig, arguments)
+    if folder is None:
+        return
+    results = folder.results
+    gap = results["gap"]
+    print(f"held-out loss {results['held_out_loss']:.4f}, seen loss {results['seen_loss']:.4f}")
+    print(f"gap {gap['value']:.4f}  [{gap['low']:.4f}, {gap['high']:.4f}]")
+    print(folder.path)
+
+
+def study_plan(arguments: Namespace) -> None:
+    """Print the runs of a study."""
+    from megatron_plasticity.config.study import StudyConfig
+    from megatron_plasticity.models.sizes import parameter_count
+    from megatron_plasticity.optim.schedule import adamw_timescale
+    from megatron_plasticity.study.plan import check_study, study_folder
+
+    config = _study_config(arguments, StudyConfig)
+    bases = check_study(config)
+    print(f"study {config.name} → {study_folder(config)}")
+    print(f"{'base model':24} {'parameters':>14} {'tokens':>16} {'λ':>10} {'timescale':>10}")
+    for base in bases:
+        timescale = adamw_timescale(base.optimizer.learning_rate, base.weight_decay, base.total_steps)
+        shown = "∞" if timescale is None else f"{timescale:.3g}"
+        tokens = base.total_steps * base.tokens_per_step
+        print(f"{base.name:24} {parameter_count(base.model).total:>14,} {tokens:>16,} {base.weight_decay:>10.4g} {shown:>10}")
+    analyses = [name for name, recipe in config.analyses if recipe is not None]
+    tasks = [task.name for task in config.tasks]
+    print(f"each fine-tuned and evaluated on {len(tasks)} tasks: {', '.join(tasks) or 'none'}")
+    print(f"each analysed for: {', '.join(analyses) or 'nothing'}")
+    per_base = 1 + len(analyses) + (1 + 2 * len(tasks) if tasks else 0)
+    print(f"{len(bases)} base models, {per_base * len(bases)} runs in all")
+
+
+def study_run(arguments: Namespace) -> int:
+    """Run a study; 1 if some of its runs failed."""
+    from megatron_plasticity.config.study import StudyConfig
+
+    if arguments.dry_run:
+        study_plan(arguments)
+        return 0
+    config = _study_config(arguments, StudyConfig)
+    from megatron_plasticity.study.runner import run_study
+
+    outcome = run_study(config)
+    for cell, reason in outcome.failed.items():
+        print(f"failed: {cell}: {reason}", file=sys.stderr)
+    if outcome.not_started:
+        print(f"not started, since what they need failed: {', '.join(outcome.not_started)}", file=sys.stderr)
+    print(f"{len(outcome.done)} runs done, {len(outcome.failed)} failed, {len(outcome.not_started)} not started")
+    print(f"next: megatron-plasticity study report {outcome.folder}")
+    return 1 if outcome.failed else 0
+
+
+def study_status(arguments: Namespace) -> None:
+    """Print the state of each run of a study."""
+    from megatron_plasticity.study.results import collect
+
+    results = collect(arguments.folder)
+    width = max(len(cell.id) for cell in results.cells)
+    for cell in results.cells:
+        print(f"{cell.id:{width}}  {cell.status:11} {cell.reason or ''}".rstrip())
+    done = sum(cell.status == "done" for cell in results.cells)
+    print(f"{done} of {len(results.cells)} runs done")
+
+
+def study_report(arguments: Namespace) -> None:
+    """Write the report of a study and print where it is."""
+    from megatron_plasticity.study.report import write_report
+
+    print(f"report: {write_report(arguments.folder).resolve()}")
+
+
+def mlflow_sync(arguments: Namespace) -> None:
+    """Bring MLflow up to date with a run folder or a study folder."""
+    from megatron_plasticity.tracking.mlflow_mirror import MlflowMirror
+
+    folder: Path = arguments.folder
+    is_study = (folder / "study.json").is_file()
+    mirror = MlflowMirror(folder if is_study else folder.parent, experiment=folder.name if is_study else folder.resolve().parent.name)
+    mirror.sync(folder)
+    print(f"{folder} is in MLflow at {mirror.shown_uri}")
+
+
+def _study_config(arguments: Namespace, cls: Any) -> Any:
+    from megatron_plasticity.config.load import load_config
+
+    return load_config(cls, arguments.config, arguments.overrides)
+
+
+def _run_job(kind: str, cls: type[Section], arguments: Namespace) -> RunFolder | None:
+    """Load the config and do the job; None for a dry run, which prints the config."""
+    from megatron_plasticity.config.load import load_config
+
+    config = load_config(cls, arguments.config, arguments.overrides)
+    if arguments.dry_run:
+        _print_config(config)
+        return None
+    from megatron_plasticity.launch.workers import raise_interrupted_on_sigterm
+    from megatron_plasticity.study.jobs import job_for
+
+    raise_interrupted_on_sigterm()
+    with _console(f"{kind} {getattr(config, 'name', '')}".strip()) as progress:
+        return job_for(kind)(config, progress)
+
+
+def _print_config(config: Section) -> None:
+    import yaml
+
+    print(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True, default_flow_style=None), end="")
+
+
+@contextlib.contextmanager
+def _console(description: str) -> Iterator[Progress]:
+    """A progress bar on the first rank, silence on the others."""
+    from megatron_plasticity.tracking.progress import ConsoleProgress, NoProgress
+
+    if os.environ.get("RANK", "0") != "0":
+        yield NoProgress()
+        return
+    with ConsoleProgress(description) as progress:
+        yield progress
+
+
+@contextlib.contextmanager
+def _mirrored(folder_of_run: Any, wanted: bool) -> Iterator[None]:
+    """Mirror a single training run to MLflow from the first rank while the block runs."""
+    if not wanted or os.environ.get("RANK", "0") != "0":
+        yield
+        return
+    from megatron_plasticity.tracking.mlflow_mirror import MlflowMirror, mirror_in_background
+
+    folder: RunFolder = folder_of_run()
+    output = folder.path.parent
+    with mirror_in_background(MlflowMirror(output, experiment=output.resolve().name), folder.path):
+        yield
+
+
+def _finish(folder: RunFolder, numbers: tuple[str, ...]) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    results = folder.results
+    for name in numbers:
+        print(f"{name} {results[name]:.4f}")
+    print(folder.path)
+

@@ -1,0 +1,83 @@
+"""Fine-tuning examples: only the response and the end of the text are learned."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from megatron_plasticity.data.sft import EncodedExample, collate, encode_example, encode_examples, render_prompt
+from megatron_plasticity.data.tokenizer import Tokenizer, train_byte_bpe
+from megatron_plasticity.models.loss import IGNORE
+
+TEMPLATE = "Human: {prompt}\nAssistant:"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return train_byte_bpe(["Human: what is it?\nAssistant: It is a matrix."] * 20, 300)
+
+
+def test_an_example_is_prompt_response_and_end(tokenizer: Tokenizer) -> None:
+    example = encode_example(tokenizer, TEMPLATE, "what is it?", " It is.", 100)
+    prompt, response = example.ids[: example.prompt_length], example.ids[example.prompt_length :]
+    assert tokenizer.decode(prompt) == "Human: what is it?\nAssistant:"
+    assert tokenizer.decode(response[:-1]) == " It is."
+    assert response[-1] == tokenizer.end_of_text
+    assert example.response_length == len(response)
+
+
+def test_the_prompt_is_tokenised_apart(tokenizer: Tokenizer) -> None:
+    # Without the cut, ":" and the letters after it could merge and the prompt's ids would not be those of generation.
+    example = encode_example(tokenizer, "{prompt}", "what i", "s it?", 100)
+    assert example.ids[: example.prompt_length] == tuple(tokenizer.encode("what i"))
+    assert list(example.ids[:-1]) != tokenizer.encode("what is it?")
+
+
+def test_braces_and_control_tokens_are_text(tokenizer: Tokenizer) -> None:
+    assert render_prompt("{a} {prompt} {", "{prompt} {x}") == "{a} {prompt} {x} {"
+    example = encode_example(tokenizer, TEMPLATE, "<|endoftext|>", "<|endoftext|>", 1000)
+    assert example.ids.count(tokenizer.end_of_text) == 1
+
+
+def test_truncation_is_at_the_end(tokenizer: Tokenizer) -> None:
+    whole = encode_example(tokenizer, TEMPLATE, "what is it?", " It is a matrix.", 1000)
+    cut = encode_example(tokenizer, TEMPLATE, "what is it?", " It is a matrix.", len(whole.ids) - 2)
+    assert cut == EncodedExample(whole.ids[:-2], whole.prompt_length)
+    assert encode_example(tokenizer, TEMPLATE, "what is it?", " It is a matrix.", len(whole.ids)) == whole
+    prompt_only = encode_example(tokenizer, TEMPLATE, "what is it?", " It is a matrix.", 3)
+    assert prompt_only == EncodedExample(whole.ids[:3], 3)
+    assert prompt_only.response_length == 0
+    with pytest.raises(ValueError, match="max_length"):
+        encode_example(tokenizer, TEMPLATE, "a", "b", 1)
+
+
+def test_many_equal_one_by_one(tokenizer: Tokenizer) -> None:
+    pairs = [("what?", " a"), ("", ""), ("it", " matrix" * 20)]
+    assert encode_examples(tokenizer, TEMPLATE, pairs, 30) == [encode_example(tokenizer, TEMPLATE, *pair, 30) for pair in pairs]
+
+
+def test_collation_masks_prompt_and_padding() -> None:
+    examples = [EncodedExample((1, 2, 3, 4, 5), 3), EncodedExample((6, 7, 8), 1), EncodedExample((9, 10), 2)]
+    inputs, targets = collate(examples, pad_id=0)
+    assert inputs.dtype == targets.dtype == torch.int64
+    assert inputs.tolist() == [[1, 2, 3, 4], [6, 7, 0, 0], [9, 0, 0, 0]]
+    no = IGNORE
+    assert targets.tolist() == [[no, no, 4, 5], [7, 8, no, no], [no, no, no, no]]
+
+
+def test_every_response_id_is_learned_once(tokenizer: Tokenizer) -> None:
+    examples = encode_examples(tokenizer, TEMPLATE, [("what?", " a matrix"), ("is it?", "")], 100)
+    _, targets = collate(examples, pad_id=tokenizer.end_of_text)
+    for row, example in zip(targets, examples, strict=True):
+        assert row[row != IGNORE].tolist() == list(example.ids[example.prompt_length :])
+
+
+def test_a_response_without_a_prompt_starts_at_its_second_id() -> None:
+    inputs, targets = collate([EncodedExample((1, 2, 3), 0)], pad_id=0)
+    assert (inputs.tolist(), targets.tolist()) == ([[1, 2]], [[2, 3]])
+
+
+def test_batches_that_cannot_be(tokenizer: Tokenizer) -> None:
+    for examples in ([], [EncodedExample((1,), 1)]):
+        with pytest.raises(ValueError, match="at least two ids"):
+            collate(examples, pad_id=0)

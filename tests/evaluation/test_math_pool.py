@@ -1,0 +1,40 @@
+from __future__ import annotations
+
+import os
+import time
+
+import pytest
+
+from megatron_plasticity.evaluation.math_pool import MathPool
+
+
+def _behave(a: str, b: str) -> bool:
+    """Stands for a comparison that can hang, die or fail; it runs in the worker processes."""
+    if a == "hang":
+        time.sleep(60)
+    if a == "die":
+        os._exit(1)
+    if a == "fail":
+        raise RuntimeError(b)
+    if a == "memory":
+        return bool(bytearray(8 * 1024**3))
+    return a == b
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_comparison_that_hangs_dies_or_fails_is_not_equal_and_the_others_go_on(workers: int) -> None:
+    pairs = [("1", "1"), ("hang", ""), ("1", "2"), ("die", ""), ("2", "2"), ("fail", ""), ("memory", ""), ("3", "3")]
+    pool = MathPool(workers, time_limit=0.4, compare=_behave)
+    start = time.monotonic()
+    try:
+        assert pool.equal_all(pairs) == [a == b for a, b in pairs]
+        assert time.monotonic() - start < 30
+        assert pool.equal_all([("4", "4"), ("4", "5")]) == [True, False]  # the pool can be used again
+    finally:
+        pool.close()
+
+
+def test_no_pairs_start_no_process() -> None:
+    pool = MathPool(compare=_behave)
+    assert pool.equal_all([]) == []
+    assert pool._workers == []
