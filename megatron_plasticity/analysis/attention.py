@@ -1,8 +1,8 @@
 """Attention seen from its weights (spectra of W_QK and W_VP) and from what it does (maps).
 
-Per head, W_QK = W_Kᵀ·W_Q, whose entry between two states is their attention score before rotary embedding and scaling, and
-W_VP = W_P·W_V, what the head adds to the residual stream for a state that it attends to. Both are d×d of rank at most head_dim.
-Weight decay on the factors acts on them like a nuclear norm (Kobayashi, Akram and von Oswald, "Weight decay induces low-rank attention
+Per head, W_QK = W_Kᵀ·W_Q, whose entry between two states is their attention score before rotary embedding and scaling, and W_VP =
+W_P·W_V, what the head adds to the residual stream for a state that it attends to. Both are d×d of rank at most head_dim. Weight
+decay on the factors acts on them like a nuclear norm (Kobayashi, Akram and von Oswald, "Weight decay induces low-rank attention
 layers", 2410.23819). Rotary embedding and, unless folded in, the gains of a QK-norm are left out; the QK-norm's division by the
 root mean square depends on the input and always is.
 """
@@ -62,9 +62,10 @@ def spectra(
 ) -> dict[str, Any]:
     """Singular values of every head's W_QK and W_VP, as ranks and norms.
 
-    `{"layers": [{"qk": measures, "vp": measures}], "mean_spectrum": {"qk": [layer][k], "vp": …}, "head_dim", "fold_qk_norm", "summary":
-    {"qk_pseudo_rank", "vp_pseudo_rank"}}`. Measures are lists over heads (see `spectrum_measures`). The mean spectrum is σ_k / σ_1, mean
-    over the heads that are not zero. The summary is the mean over heads, then layers, of the pseudo-rank at 0.95 of Σσ.
+    `{"layers": [{"qk": measures, "vp": measures}], "mean_spectrum": {"qk": [layer][k], "vp": …}, "head_dim", "fold_qk_norm",
+    "summary": {"qk_pseudo_rank", "vp_pseudo_rank"}}`. Measures are lists over heads (see `spectrum_measures`). The mean spectrum
+    is σ_k / σ_1, mean over the heads that are not zero. The summary is the mean over heads, then layers, of the pseudo-rank at
+    0.95 of Σσ.
 
     Args:
         state: weights by canonical name.
@@ -97,18 +98,18 @@ def spectra(
 def layer_singular_values(
     state: Mapping[str, Tensor], config: ModelConfig, layer: int, fold_qk_norm: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Singular values of W_QK and of W_VP of each query head of a layer, descending: two tensors [query_heads, head_dim], float64.
+    """Singular values of W_QK and W_VP of each query head of a layer, descending: two float64 tensors [query_heads, head_dim].
 
-    Each query head is paired with the key and value head of its group. `fold_qk_norm` multiplies the rows of W_Q and W_K by the gains
-    of the QK-norm, diag(g)·W.
+    Each query head is paired with the key and value head of its group. `fold_qk_norm` multiplies the rows of W_Q and W_K by the
+    gains of the QK-norm, diag(g)·W.
     """
     prefix = f"layers.{layer}.attn"
-    query, key, value, output = (
-        _weight(state, f"{prefix}.{name}.weight") for name in ("q_proj", "k_proj", "v_proj", "out_proj")
-    )
+    query, key, value, output = (_weight(state, f"{prefix}.{name}.weight") for name in ("q_proj", "k_proj", "v_proj", "out_proj"))
     if fold_qk_norm:
         if f"{prefix}.q_norm.weight" not in state:
-            raise UserError(f"fold_qk_norm: the family {config.family} has no QK-norm whose gains could be folded in; set it to false")
+            raise UserError(
+                f"fold_qk_norm: the family {config.family} has no QK-norm whose gains could be folded in; set it to false"
+            )
         query = query * _weight(state, f"{prefix}.q_norm.weight")[:, None]
         key = key * _weight(state, f"{prefix}.k_norm.weight")[:, None]
     group = config.query_heads // config.kv_heads
@@ -134,7 +135,8 @@ def product_singular_values(left: Tensor, right: Tensor) -> Tensor:
 def pseudo_rank(singular_values: Tensor, threshold: float) -> Tensor:
     """Least k whose k largest values hold `threshold` of the sum: int64 [...] of values [..., r]; 0 for a zero matrix.
 
-    Source: paper.md, mechanism 2, at 0.95. Pass σ² for the share of the squared Frobenius norm.
+    Source: Kobayashi et al. (2410.23819); Han et al. (2602.11137) show it, as far as we can tell, at 0.95. Pass σ² for
+    the share of the squared Frobenius norm.
     """
     cumulative = singular_values.cumsum(dim=-1)
     total = cumulative[..., -1:]
@@ -146,8 +148,8 @@ def spectrum_measures(singular_values: Tensor, thresholds: Sequence[float]) -> d
     """Ranks and norms of matrices with singular values σ [heads, r], descending; each a list over heads.
 
     `pseudo_rank` and `pseudo_rank_squared`, {threshold: …}, of Σσ and of Σσ²; `nuclear` Σσ; `frobenius` √Σσ²; `stable_rank`
-    Σσ²/σ_1² (Rudelson and Vershynin, J. ACM 54, 2007); `entropy_rank` exp(−Σ p·ln p) with p = σ/Σσ (Roy and Vetterli, "The effective
-    rank", EUSIPCO 2007). All ranks of a zero matrix are 0.
+    Σσ²/σ_1² (Rudelson and Vershynin, J. ACM 54, 2007); `entropy_rank` exp(−Σ p·ln p) with p = σ/Σσ (Roy and Vetterli, "The
+    effective rank", EUSIPCO 2007). All ranks of a zero matrix are 0.
     """
     squares = singular_values.square()
     nuclear, largest = singular_values.sum(dim=-1), singular_values[..., 0]
@@ -169,9 +171,9 @@ def spectrum_measures(singular_values: Tensor, thresholds: Sequence[float]) -> d
 def attention_maps(model: Transformer, tokens: Tensor, tokenizer: Decoder | None = None) -> dict[str, Any]:
     """Attention of every head on `tokens` [B, S], recomputed from the recorded q and k.
 
-    `{"map_tokens": S, "layers": [{"entropy", "sink", "previous_token"}], "example_maps": [{"layer", "head", "tokens", "weights"}]}`,
-    see `map_statistics`. The examples are the same heads for every model of a shape, so that models can be laid side by side: the
-    first and the middle head of the first, middle and last layer, on the first tokens of the first sequence.
+    `{"map_tokens": S, "layers": [{"entropy", "sink", "previous_token"}], "example_maps": [{"layer", "head", "tokens",
+    "weights"}]}`, see `map_statistics`. The examples are the same heads for every model of a shape, so that models can be laid
+    side by side: the first and the middle head of the first, middle and last layer, on the first tokens of the first sequence.
     """
     if tokens.shape[1] < 2:
         raise UserError("map_length: attention maps need sequences of 2 tokens or more")
@@ -199,11 +201,11 @@ def attention_maps(model: Transformer, tokens: Tensor, tokenizer: Decoder | None
 
 
 def map_statistics(weights: Tensor) -> dict[str, list[float]]:
-    """What each head's attention A [B, heads, S, S] (rows: queries) looks like; lists over heads, means over sequences and queries.
+    """What attention A [B, heads, S, S] (rows: queries) looks like; lists over heads, means over sequences and queries.
 
-    `entropy` −Σ_j A_ij·ln A_ij in nats, over all queries (query 0's is 0; Zhai et al., 2303.06296); `sink` A_i0, the mass on the first
-    token, over queries i ≥ 1, since query 0 has no choice (Xiao et al., 2309.17453); `previous_token` A_i,i−1 over queries i ≥ 1 (Olsson
-    et al., 2209.11895); for query 1 both are the same entry.
+    `entropy` −Σ_j A_ij·ln A_ij in nats, over all queries (query 0's is 0; Zhai et al., 2303.06296); `sink` A_i0, the mass on the
+    first token, over queries i ≥ 1, since query 0 has no choice (Xiao et al., 2309.17453); `previous_token` A_i,i−1 over queries
+    i ≥ 1 (Olsson et al., 2209.11895); for query 1 both are the same entry.
     """
     weights = weights.double()
     previous = weights.diagonal(offset=-1, dim1=2, dim2=3)

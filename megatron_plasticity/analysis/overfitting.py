@@ -1,9 +1,10 @@
 """Overfitting: held-out loss minus loss on sequences that the run did consume, both at its final weights.
 
-On "paired". paper.md asks for a paired bootstrap of a gap of 1e-3 to 1e-2 nats. Within one model nothing can be paired: the held-out and
-the seen sequences are different texts, so both sides are resampled independently here. What is paired is the comparison of two runs of
-a λ grid: with the same data seed and recipe they are measured on the very same sequences of both sides, so the difficulty of the
-texts cancels in the *difference* of their gaps, which is therefore known better than the interval of either gap suggests.
+On "paired". A gap of 1e-3 to 1e-2 nats calls for a paired bootstrap, but within one model nothing can be paired: the
+held-out and the seen sequences are different texts, so both sides are resampled independently here. What is paired is the
+comparison of two runs of a λ grid: with the same data seed and recipe they are measured on the very same sequences of both sides,
+so the difficulty of the texts cancels in the *difference* of their gaps, which is therefore known better than the interval of
+either gap suggests.
 """
 
 from __future__ import annotations
@@ -37,8 +38,9 @@ def run_overfitting(
 ) -> dict[str, Any]:
     """Gap of a model whose run consumed what `ledger` says of `seen`; results as in `gap`.
 
-    The seen sequences are drawn uniformly from the different blocks that the run consumed, the same number from each decile (up to
-    one), so that the deciles partition the draw. The draw depends on the ledger and the recipe's seed alone: it is the same for every λ.
+    The seen sequences are drawn uniformly from the different blocks that the run consumed, the same number from each decile (up
+    to one), so that the deciles partition the draw. The draw depends on the ledger and the recipe's seed alone: it is the same
+    for every λ.
 
     Raises:
         UserError: the store is not the one that the run consumed, or the run consumed nothing.
@@ -61,9 +63,7 @@ def run_overfitting(
     return gap(seen_losses, held_out_losses, deciles, recipe.bootstrap_resamples, recipe.seed)
 
 
-def gap(
-    seen: np.ndarray, held_out: np.ndarray, deciles: np.ndarray, resamples: int = 1000, seed: int = 42
-) -> dict[str, Any]:
+def gap(seen: np.ndarray, held_out: np.ndarray, deciles: np.ndarray, resamples: int = 1000, seed: int = 42) -> dict[str, Any]:
     """mean(held_out) − mean(seen) in nats per token, with a 95 % bootstrap interval, overall and by when a sequence was seen.
 
     Args:
@@ -71,14 +71,16 @@ def gap(
         held_out: mean loss of each held-out sequence [m].
         deciles: for each seen sequence, the tenth of the run (0 to 9) in which it was first seen [n].
 
-    The unit of the bootstrap is the sequence, since the tokens of one are correlated; the two sides are resampled independently (see
-    the module's text). Entry d of `by_decile` compares decile d with all held-out sequences; it is null where no sequence was seen,
-    and has no interval where only one was.
+    The unit of the bootstrap is the sequence, since the tokens of one are correlated; the two sides are resampled independently
+    (see the module's text). Entry d of `by_decile` compares decile d with all held-out sequences; it is null where no sequence
+    was seen, and has no interval where only one was.
 
-    Source: paper.md, mechanism 3 (Han et al., 2602.11137).
+    Source: the gap is a claim of Han et al. (2602.11137); the draw, the resampling and the deciles are our own.
     """
     if not (np.isfinite(seen).all() and np.isfinite(held_out).all()):
-        raise UserError("the model's loss is not finite on some sequences: its weights have diverged, so there is no gap to measure")
+        raise UserError(
+            "the model's loss is not finite on some sequences: its weights have diverged, so there is no gap to measure"
+        )
     generator = np.random.default_rng(seed)
     held_out_means = resampled_means(held_out, resamples, generator)
 
@@ -111,7 +113,7 @@ def sequence_losses(
     done_before: int = 0,
     total: int | None = None,
 ) -> np.ndarray:
-    """Mean cross entropy of each block in nats per token: float64 [len(blocks)]. Token losses are fp32, their mean is taken in fp64."""
+    """Mean cross entropy of each block in nats per token: float64 [len(blocks)]; token losses in fp32, their mean in fp64."""
     was_training = model.training
     model.eval()
     losses = []

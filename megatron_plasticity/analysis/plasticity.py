@@ -1,8 +1,9 @@
 """What a grid over λ says about plasticity: where loss and fine-tuned scores are best, and how far they disagree.
 
-Everything here takes plain records and arrays, and returns JSON-ready values in which what is not known is absent, never 0 or NaN. A
-*score* is the mean over a task's test questions of a number per question (1 or 0, or the share of samples that are correct). All λ
-answer the same questions, so every bootstrap resamples questions once for all λ: differences between two λ are paired.
+Everything here takes plain records and arrays, and returns JSON-ready values in which what is not known is absent, never 0 or
+NaN. A *score* is the mean over a task's test questions of a number per question (1 or 0, or the share of samples that are
+correct). All λ answer the same questions, so every bootstrap resamples questions once for all λ: differences between two λ are
+paired.
 
 The intervals are over questions alone. They say nothing of other seeds of pretraining or fine-tuning.
 """
@@ -13,7 +14,7 @@ import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 from typing import Any
 
 import numpy as np
@@ -67,8 +68,8 @@ class ScoreCurve:
 def plasticity(points: Sequence[GridPoint], resamples: int = 1000, seed: int = 42) -> dict[str, Any]:
     """All statistics of one grid over λ: `{"weight_decays", "loss_curve", "tasks": {name: statistics}, "mean": statistics}`.
 
-    See `loss_curve_shape` and `curve_statistics`. `mean` is over tasks, at the λ at which every task was finished; it is absent when there
-    is no such λ. `points` may come in any order.
+    See `loss_curve_shape` and `curve_statistics`. `mean` is over tasks, at the λ at which every task was finished; it is absent
+    when there is no such λ. `points` may come in any order.
 
     Raises:
         UserError: λ of different runs had different test questions of a task.
@@ -92,7 +93,7 @@ def plasticity(points: Sequence[GridPoint], resamples: int = 1000, seed: int = 4
 
 
 def task_curve(points: Sequence[GridPoint], task: str, resamples: int, seed: int) -> ScoreCurve:
-    """Scores of one task over ascending λ. The same questions are drawn at every λ, and the draw depends on seed and task alone."""
+    """Scores of one task over ascending λ; a resample's questions are the same at every λ and depend on seed and task alone."""
     present = [
         (point.weight_decay, outcome)
         for point in sorted(points, key=lambda point: point.weight_decay)
@@ -100,12 +101,14 @@ def task_curve(points: Sequence[GridPoint], task: str, resamples: int, seed: int
     ]
     questions = len(present[0][1].correct)
     for decay, outcome in present:
-        answered = [len(outcome.correct)] + ([len(outcome.base_correct)] if outcome.base_correct is not None else [])
-        if set(answered) != {questions} or not questions:
-            raise UserError(
-                f"task {task!r}: λ={decay:g} answered {answered[-1]} test questions and λ={present[0][0]:g} {questions}; scores can only be "
-                "compared on the same questions, so evaluate all of them with one task config"
-            )
+        for answers in (outcome.correct, outcome.base_correct):
+            if answers is not None and len(answers) != questions:
+                raise UserError(
+                    f"task {task!r}: λ={decay:g} answered {len(answers)} test questions and λ={present[0][0]:g} {questions}; "
+                    "scores can only be compared on the same questions, so evaluate all of them with one task config"
+                )
+    if not questions:
+        raise ValueError(f"task {task!r} has no test questions")
     unknown = np.full(questions, np.nan)
     correct = np.column_stack([np.asarray(outcome.correct, dtype=float) for _, outcome in present])
     base = np.column_stack(
@@ -119,7 +122,7 @@ def task_curve(points: Sequence[GridPoint], task: str, resamples: int, seed: int
 
 
 def mean_curve(curves: Sequence[ScoreCurve]) -> ScoreCurve | None:
-    """Plain mean over tasks at the λ that every task has (each task's questions resampled by themselves); None if there is no such λ."""
+    """Plain mean over tasks, whose questions are resampled separately, at the λ that every task has; None if there is none."""
     shared = sorted(set.intersection(*(set(curve.weight_decays) for curve in curves))) if curves else []
     if not shared:
         return None
@@ -140,9 +143,9 @@ def mean_curve(curves: Sequence[ScoreCurve]) -> ScoreCurve | None:
 def curve_statistics(curve: ScoreCurve, weight_decays: Sequence[float], losses: Mapping[float, float]) -> dict[str, Any]:
     """Statistics of one curve of scores.
 
-    `scores`: per λ `{"weight_decay", "score": interval, "base_score", "gain": interval}`, the gain being score minus the base model's on
-    the same questions; `missing`: λ without a score; `area` (see `area_under_curve`) of `score` and of `gain`; `best` (see
-    `best_weight_decay`); `advantage`: what choosing λ by score would bring over choosing it by loss (see `advantage`);
+    `scores`: per λ `{"weight_decay", "score": interval, "base_score", "gain": interval}`, the gain being score minus the base
+    model's on the same questions; `missing`: λ without a score; `area` (see `area_under_curve`) of `score` and of `gain`; `best`
+    (see `best_weight_decay`); `advantage`: what choosing λ by score would bring over choosing it by loss (see `advantage`);
     `discordant` (see `discordant_pairs`); `correlation` of loss and score (see `correlations`). What cannot be known is absent.
     """
     result: dict[str, Any] = {
@@ -172,11 +175,11 @@ def log_positions(weight_decays: Sequence[float]) -> list[float]:
 
 
 def area_under_curve(weight_decays: Sequence[float], values: Sequence[float]) -> float | None:
-    """Area under values over log10 λ by the trapezoid rule, divided by the width: the mean height of the curve, in the values' own unit.
+    """Area under values over log10 λ by the trapezoid rule, divided by the width: the curve's mean height, in the values' unit.
 
     λ ascending; λ = 0 as in `log_positions`. None for fewer than two λ. Areas over different sets of λ are not comparable.
 
-    Source: ours ("area under the λ curve", paper.md, evaluation).
+    Source: our own summary, not one of the paper's.
     """
     if len(weight_decays) < 2:
         return None
@@ -186,9 +189,9 @@ def area_under_curve(weight_decays: Sequence[float], values: Sequence[float]) ->
 def best_weight_decay(curve: ScoreCurve) -> dict[str, Any]:
     """λ with the highest score, and how sure that is.
 
-    `{"weight_decay", "score", "ties": other λ with the same score, "low", "high", "distribution": [{"weight_decay", "share"}]}`. Of equal λ the
-    smallest is named. The distribution is that of the best λ over bootstrap resamples of the questions, equal λ sharing a
-    resample; `low` to `high` are the λ between which its middle 95 % lie.
+    `{"weight_decay", "score", "ties": other λ with the same score, "low", "high", "distribution": [{"weight_decay", "share"}]}`.
+    Of equal λ the smallest is named. The distribution is that of the best λ over bootstrap resamples of the questions, equal λ
+    sharing a resample; `low` to `high` are the λ between which its middle 95 % lie.
     """
     best = _is_best(curve.scores)
     shares = _is_best(curve.resampled)
@@ -212,8 +215,9 @@ def best_weight_decay(curve: ScoreCurve) -> dict[str, Any]:
 def advantage(curve: ScoreCurve, losses: Mapping[float, float]) -> dict[str, Any] | None:
     """Score at the λ with the best score minus score at the λ with the lowest loss, with a paired bootstrap interval.
 
-    `{"by_loss", "by_score", "value", "low", "high"}`. Both λ are held fixed while questions are resampled; the first was chosen because it scored
-    best on these very questions, so the value leans upwards. None unless the λ with the lowest loss has a score.
+    `{"by_loss", "by_score", "value", "low", "high"}`. Both λ are held fixed while questions are resampled; the first was chosen
+    because it scored best on these very questions, so the value leans upwards. None unless the λ with the lowest loss has a
+    score.
     """
     known = {decay: loss for decay, loss in losses.items() if decay in curve.weight_decays}
     if not losses or min(losses, key=lambda decay: losses[decay]) not in known:
@@ -229,10 +233,11 @@ def advantage(curve: ScoreCurve, losses: Mapping[float, float]) -> dict[str, Any
 def discordant_pairs(curve: ScoreCurve, losses: Mapping[float, float]) -> dict[str, Any]:
     """Pairs of λ of which the one with the worse loss has the better score (the paper's central observation, 2602.11137).
 
-    `{"pairs": number compared, "discordant": [{"better_loss", "better_score", "loss_difference", "score_difference": interval, "bootstrap_p",
-    "sign_p"}]}`, the largest score difference first. `bootstrap_p` is two-sided, twice the share of paired resamples in which the difference is
-    not positive (one resample added, so never 0). `sign_p` is the exact two-sided sign test over the questions on which the two differ
-    (McNemar, Psychometrika 12, 1947); absent for a mean over tasks. The p-values are not corrected for the number of pairs.
+    `{"pairs": number compared, "discordant": [{"better_loss", "better_score", "loss_difference", "score_difference": interval,
+    "bootstrap_p", "sign_p"}]}`, the largest score difference first. `bootstrap_p` is two-sided, twice the share of paired
+    resamples in which the difference is not positive (one resample added, so never 0). `sign_p` is the exact two-sided sign test
+    over the questions on which the two differ (McNemar, Psychometrika 12, 1947); absent for a mean over tasks. The p-values are
+    not corrected for the number of pairs.
     """
     known = [(index, losses[decay]) for index, decay in enumerate(curve.weight_decays) if decay in losses]
     pairs = list(combinations(known, 2))
@@ -268,11 +273,11 @@ def sign_test(differences: np.ndarray) -> float:
 def correlations(losses: Sequence[float], scores: Sequence[float]) -> dict[str, Any]:
     """Pearson's and Spearman's correlation of loss and score over λ, and their range when any one λ is left out.
 
-    `{"points": n, "pearson": {"value", "low", "high"}, "spearman": …}`. A lower loss with a higher score is a correlation near −1. A value needs
-    three λ, its leave-one-out range (`low`, `high`; not a confidence interval) four; where losses or scores are all equal none is
-    defined, and it is absent.
+    `{"points": n, "pearson": {"value", "low", "high"}, "spearman": …}`. A lower loss with a higher score is a correlation near
+    −1. A value needs three λ, its leave-one-out range (`low`, `high`; not a confidence interval) four; where losses or scores are
+    all equal none is defined, and it is absent.
 
-    Source: paper.md, mechanism 4, which reports that the correlation is unstable.
+    Source: the question, and that the correlation is unstable, is from Han et al. (2602.11137).
     """
     result: dict[str, Any] = {"points": len(losses)}
     x, y = np.asarray(losses, dtype=float), np.asarray(scores, dtype=float)
@@ -291,15 +296,14 @@ def correlations(losses: Sequence[float], scores: Sequence[float]) -> dict[str, 
 def loss_curve_shape(weight_decays: Sequence[float], losses: Sequence[float | None]) -> dict[str, Any]:
     """Whether the curve of held-out loss over λ has its minimum inside the grid; ascending λ, None for a loss that is missing.
 
-    `{"inside", "statement", "missing": λ without a loss}` and, if there is any loss, `"minimum_at"`, `"minimum_loss"`, `"rise_below"` and `"rise_above"` (loss at the
-    smallest and at the largest λ minus the minimum) and `"one_valley"` (falls up to the minimum and rises from it, without a further
-    dip). `inside` means that both a smaller and a larger λ of the grid have a higher loss. `statement` says it in a sentence.
+    `{"inside", "statement", "missing": λ without a loss}` and, if there is any loss, `"minimum_at"`, `"minimum_loss"`,
+    `"rise_below"` and `"rise_above"` (loss at the smallest and at the largest λ minus the minimum) and `"one_valley"` (falls up
+    to the minimum and rises from it, without a further dip). `inside` means that both a smaller and a larger λ of the grid have a
+    higher loss. `statement` says it in a sentence.
     """
     if list(weight_decays) != sorted(weight_decays) or len(weight_decays) != len(losses):
         raise ValueError("expected ascending λ and one loss (or None) for each")
-    known = [
-        (decay, loss) for decay, value in zip(weight_decays, losses, strict=True) if (loss := _finite(value)) is not None
-    ]
+    known = [(decay, loss) for decay, value in zip(weight_decays, losses, strict=True) if (loss := _finite(value)) is not None]
     missing = [decay for decay in weight_decays if decay not in {known_decay for known_decay, _ in known}]
     absent = f" No loss is known at λ = {', '.join(f'{decay:g}' for decay in missing)}." if missing else ""
     if not known:
@@ -320,8 +324,8 @@ def loss_curve_shape(weight_decays: Sequence[float], losses: Sequence[float | No
         further = "" if end == "smallest" and known[0][0] == 0 else f"; the best λ may be {direction} than the grid reaches"
         end_decay = known[0 if end == "smallest" else -1][0]
         statement = f"Held-out loss is lowest at λ = {end_decay:g}, the {end} of the grid: it has no minimum inside{further}."
-    falls = all(a >= b for a, b in zip(values[: first + 1], values[1 : first + 1], strict=False))
-    rises = all(a <= b for a, b in zip(values[first:], values[first + 1 :], strict=False))
+    falls = all(a >= b for a, b in pairwise(values[: first + 1]))
+    rises = all(a <= b for a, b in pairwise(values[first:]))
     return {
         "inside": inside,
         "statement": statement + absent,

@@ -1,7 +1,7 @@
 """The manifest of a folder of activations: one JSON row per event, appended after what it speaks of is in place.
 
-Rows, by their `event`: `model` (the first row: whose activations these are), `shard` (a whole file of a take) and `complete` (the take
-of a step, all shards of it). A *take* is one recording of a step; the last complete take of a step is the one in force.
+Rows, by their `event`: `model` (the first row: whose activations these are), `shard` (a whole file of a take) and `complete` (the
+take of a step, all shards of it). A *take* is one recording of a step; the last complete take of a step is the one in force.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Manifest:
 
 
 def read_manifest(folder: Path) -> Manifest | None:
-    """The manifest of a folder, or None if it has none. A last row that a kill cut short is not there yet. Raises UserError if damaged."""
+    """The manifest of a folder, or None if it has none; a last row that a kill cut short is no row. UserError if damaged."""
     path = folder / MANIFEST_FILE
     try:
         text = path.read_bytes()
@@ -81,7 +81,9 @@ def read_manifest(folder: Path) -> Manifest | None:
                 raise ValueError(f"unexpected event {event!r}")
             if event == "model":
                 if row["format"] != FORMAT:
-                    raise UserError(f"{path}: has format {row['format']}, and this version reads {FORMAT}; record the activations again")
+                    raise UserError(
+                        f"{path}: has format {row['format']}, and this version reads {FORMAT}; record the activations again"
+                    )
                 identity = row["identity"]
             elif event == "shard":
                 shards.append(Shard(**{**row, "shape": tuple(row["shape"])}))

@@ -6,8 +6,8 @@ A folder holds the dumps of one model at several steps::
     step-200/take-1/layers.0.resid_post-00000.safetensors
 
 Shards are written under temporary names and renamed, then listed in the manifest; a dump counts once its last row, `complete`, is
-there. So a kill at any moment leaves whole shards and the earlier dumps in force, and the next writer removes what was begun only.
-Recording a step again, as a resumed run does, makes a new take that replaces the earlier one when it is complete.
+there. So a kill at any moment leaves whole shards and the earlier dumps in force, and the next writer removes what was begun
+only. Recording a step again, as a resumed run does, makes a new take that replaces the earlier one when it is complete.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ class ActivationWriter:
     """Writes dumps to a folder without making the caller wait for the disk.
 
     `add` hands a batch over to a thread and returns. It waits only while more than `memory_bytes` are handed over and not yet on
-    disk, so a slow disk slows the caller down instead of filling the memory (a shard is copied once while it is written). What goes
-    wrong in the thread is raised by the caller's next call, by `close` at the latest::
+    disk, so a slow disk slows the caller down instead of filling the memory (a shard is copied once while it is written). What
+    goes wrong in the thread is raised by the caller's next call, by `close` at the latest::
 
         with ActivationWriter(folder, identity) as writer:
             with writer.dump(step=200):
@@ -58,8 +58,8 @@ class ActivationWriter:
                     writer.add(recorder.record(tokens))
 
     Args:
-        folder: made if it is not there; one that is there is continued.
-        identity: what makes the model this one and no other, as a JSON object (its shape, its λ, its run's hash); a folder that was
+        folder: made if it is not there; one that is there is continued. identity: what makes the model this one and no other, as
+        a JSON object (its shape, its λ, its run's hash); a folder that was
             begun with another identity is refused (UserError).
         shard_bytes: a point's shard is written once it holds this much.
         memory_bytes: bound on what is handed over and not yet on disk; a single larger batch goes through alone.
@@ -333,7 +333,9 @@ class ActivationStore:
 
     def _shards(self, step: int) -> list[Shard]:
         if step not in self._manifest.complete:
-            raise UserError(f"{self.folder}: no complete dump of step {step}; there are {', '.join(map(str, self.steps)) or 'none'}")
+            raise UserError(
+                f"{self.folder}: no complete dump of step {step}; there are {', '.join(map(str, self.steps)) or 'none'}"
+            )
         return self._manifest.in_force(step)
 
 
@@ -350,7 +352,9 @@ def _read_shard(path: Path, shard: Shard, digest: str) -> Tensor:
     if metadata.get("model") != digest or (metadata.get("point"), metadata.get("step")) != (shard.point, str(shard.step)):
         raise UserError(f"{path}: this shard is of another model, step or point than the manifest says; {again}")
     if tuple(tensor.shape) != shard.shape or str(tensor.dtype) != f"torch.{shard.dtype}":
-        raise UserError(f"{path}: holds {tuple(tensor.shape)} {tensor.dtype}, the manifest says {shard.shape} {shard.dtype}; {again}")
+        raise UserError(
+            f"{path}: holds {tuple(tensor.shape)} {tensor.dtype}, the manifest says {shard.shape} {shard.dtype}; {again}"
+        )
     return tensor
 
 

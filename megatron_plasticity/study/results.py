@@ -1,7 +1,7 @@
 """A study folder, read back into frozen records.
 
-Reading never fails because of one cell: a cell that is missing, running, failed or damaged is kept with the reason in words, so that a report can
-show it. Only a folder that is no study at all is a `UserError`.
+Reading never fails because of one cell: a cell that is missing, running, failed or damaged is kept with the reason in words, so
+that a report can show it. Only a folder that is no study at all is a `UserError`.
 """
 
 from __future__ import annotations
@@ -155,7 +155,9 @@ def collect(study_folder: Path) -> StudyResults:
         entries, name = study["cells"], str(study["name"])
         cells = tuple(_read_cell(study_folder, entry) for entry in entries)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} cannot be read as a study ({type(error).__name__}: {error}). Run the study again to write it anew.") from error
+        raise UserError(
+            f"{path} cannot be read as a study ({type(error).__name__}: {error}). Run the study again to write it anew."
+        ) from error
     config = study.get("config") or {}
     return StudyResults(
         folder=study_folder,

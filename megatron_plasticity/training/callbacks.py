@@ -152,15 +152,21 @@ class Capture(Callback):
         self._steps = {*config.steps, *([total_steps] if config.at_end else [])}
         self._recorder = Recorder(engine.model, config.points, config.positions, getattr(torch, config.dtype))
 
+    def before_step(self, step: int) -> None:
+        if step == 1 and 0 in self._steps:
+            self._dump(0)
+
     def after_step(self, outcome: StepOutcome) -> None:
-        if outcome.step not in self._steps:
-            return
+        if outcome.step in self._steps:
+            self._dump(outcome.step)
+
+    def _dump(self, step: int) -> None:
         # Every rank runs the forward pass, since ZeRO-3 gathers weights in it; the first one writes.
         if not self._engine.grid.is_main:
             for batch in self._batches():
                 self._engine.token_losses(batch, batch)
             return
-        with ActivationWriter(self._folder, self._identity) as writer, writer.dump(outcome.step):
+        with ActivationWriter(self._folder, self._identity) as writer, writer.dump(step):
             for batch in self._batches():
                 with self._recorder:
                     self._engine.token_losses(batch, batch)

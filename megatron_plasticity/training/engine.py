@@ -21,7 +21,7 @@ from megatron_plasticity.models.transformer import Transformer
 from megatron_plasticity.optim.decay import DecayGroups, decay_groups, optimizer_groups
 from megatron_plasticity.parallel.grid import ProcessGrid
 from megatron_plasticity.training.objective import Objective, training_loss
-from megatron_plasticity.training.optimizer_state import MOMENTS, Moment, full_moment, full_weight, restore
+from megatron_plasticity.training.optimizer_state import MOMENTS, Moment, create_state, full_moment, full_weight, restore
 
 
 class TrainingEngine:
@@ -50,6 +50,7 @@ class TrainingEngine:
             self._engine: Any = deepspeed.initialize(
                 model=Objective(model), optimizer=optimizer, config=settings, dist_init_required=False
             )[0]
+        create_state(self._engine)
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -96,7 +97,7 @@ class TrainingEngine:
             yield name, full_weight(self._engine, parameter)
 
     def full_moments(self, moment: Moment) -> Iterator[tuple[str, Tensor]]:
-        """Names and whole AdamW moments, one at a time. A collective, after at least one step."""
+        """Names and whole AdamW moments, one at a time. A collective: every rank must exhaust it."""
         for name, parameter in self.parameters.items():
             yield name, full_moment(self._engine, parameter, moment)
 

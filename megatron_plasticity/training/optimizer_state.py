@@ -29,7 +29,7 @@ def full_weight(engine: Any, parameter: nn.Parameter) -> Tensor:
 
 
 def full_moment(engine: Any, parameter: nn.Parameter, moment: Moment) -> Tensor:
-    """An AdamW moment, fp32, whole, in the shape of its parameter. A collective, see `full_weight`. Needs one step taken before."""
+    """An AdamW moment, fp32, whole, in the shape of its parameter. A collective, see `full_weight`."""
     if not engine.zero_optimization() and not engine.bfloat16_enabled():
         return engine.optimizer.state[parameter][moment]
     from deepspeed.utils import safe_get_full_optimizer_state
@@ -39,11 +39,11 @@ def full_moment(engine: Any, parameter: nn.Parameter, moment: Moment) -> Tensor:
     return value
 
 
-def restore(engine: Any, parameters: dict[str, nn.Parameter], weights: dict[str, Tensor], moments: dict[Moment, dict[str, Tensor]], step: int) -> None:
-    """Put master weights and moments [whole, fp32, by name] and Adam's step count into the optimizer.
+def create_state(engine: Any) -> None:
+    """Give AdamW its state, zero moments at step 0, before the first step.
 
-    The module must hold `weights` since before `deepspeed.initialize`; what remains is the part of the fp32 master weights that
-    rounding to bf16 took away, and the state, which DeepSpeed would create at its first step.
+    torch creates it lazily, one group after the other, and DeepSpeed's ZeRO-1 and 2 look for it after the first group's step: the
+    parameters of every later group would never find theirs.
     """
     wrapped = engine.optimizer
     torch_optimizer = getattr(wrapped, "optimizer", wrapped)
@@ -51,13 +51,27 @@ def restore(engine: Any, parameters: dict[str, nn.Parameter], weights: dict[str,
     for tensor in _optimized_tensors(wrapped):
         torch_optimizer.state[tensor] = {
             # One tensor each: AdamW adds to it in place, and a shared one would count once per group.
-            "step": torch.tensor(float(step), dtype=torch.float32, device=tensor.device if fused else "cpu"),
+            "step": torch.tensor(0.0, dtype=torch.float32, device=tensor.device if fused else "cpu"),
             "exp_avg": torch.zeros_like(tensor),
             "exp_avg_sq": torch.zeros_like(tensor),
         }
     link = getattr(wrapped, "_lazy_init_hp_params_optimizer_state", None)
-    if link is not None:  # ZeRO-1 and 2, and BF16_Optimizer: let each parameter find its part of the new flat states
+    if link is not None:  # ZeRO-1 and 2, and BF16_Optimizer: let each parameter find its part of the flat states
         link()
+
+
+def restore(
+    engine: Any, parameters: dict[str, nn.Parameter], weights: dict[str, Tensor], moments: dict[Moment, dict[str, Tensor]], step: int
+) -> None:
+    """Put master weights and moments [whole, fp32, by name] and Adam's step count into the optimizer, after `create_state`.
+
+    The module must hold `weights` since before `deepspeed.initialize`; what remains is the part of the fp32 master weights that
+    rounding to bf16 took away, the moments, and the count.
+    """
+    wrapped = engine.optimizer
+    torch_optimizer = getattr(wrapped, "optimizer", wrapped)
+    for tensor in _optimized_tensors(wrapped):
+        torch_optimizer.state[tensor]["step"].fill_(float(step))
     for name, parameter in parameters.items():
         _set(engine, parameter, weights[name], None)
         for moment in MOMENTS:

@@ -156,11 +156,15 @@ def test_results_have_the_agreed_shape_and_are_json(make_model: Make) -> None:
     assert set(results["layers"][0]["qk"]["pseudo_rank"]) == {"0.90", "0.95", "0.99"}
     assert results["head_dim"] == len(results["mean_spectrum"]["qk"][0]) == 12
     for kind in ("qk", "vp"):
-        assert all(spectrum[0] == pytest.approx(1) and spectrum == sorted(spectrum)[::-1] for spectrum in results["mean_spectrum"][kind])
+        assert all(
+            spectrum[0] == pytest.approx(1) and spectrum == sorted(spectrum)[::-1] for spectrum in results["mean_spectrum"][kind]
+        )
         ranks = [layer[kind]["pseudo_rank"]["0.95"] for layer in results["layers"]]
         assert results["summary"][f"{kind}_pseudo_rank"] == pytest.approx(sum(map(sum, ranks)) / 12)
     assert results["map_tokens"] == 16
-    assert [(map["layer"], map["head"]) for map in results["example_maps"]] == [(layer, head) for layer in range(3) for head in (0, 2)]
+    assert [(map["layer"], map["head"]) for map in results["example_maps"]] == [
+        (layer, head) for layer in range(3) for head in (0, 2)
+    ]
     assert len(results["example_maps"][0]["tokens"]) == 16
     assert results["layers"][1]["maps"] == attention_maps(make_model(), tokens[:2, :16])["layers"][1]
 
@@ -187,7 +191,11 @@ def test_diverged_or_missing_weights_and_too_short_maps_are_named(make_model: Ma
     model = make_model()
     state = dict(model.named_parameters())
     with pytest.raises(UserError, match=r"no weight layers.1.attn.k_proj.weight"):
-        spectra({name: weight for name, weight in state.items() if name != "layers.1.attn.k_proj.weight"}, model.config, AttentionRecipe())
+        spectra(
+            {name: weight for name, weight in state.items() if name != "layers.1.attn.k_proj.weight"},
+            model.config,
+            AttentionRecipe(),
+        )
     with pytest.raises(UserError, match="2 tokens or more"):
         run(model, map_length=1)
     with torch.no_grad():

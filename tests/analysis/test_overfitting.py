@@ -44,13 +44,13 @@ def test_losses_are_the_mean_cross_entropy_of_each_sequence(make_model: Make, tm
 def test_gap_is_found_with_an_honest_interval() -> None:
     generator = np.random.default_rng(0)
     difficulty = 0.5
-    covered = 0
-    for trial in range(100):
+    covered, estimate = 0, {}
+    for trial in range(60):
         seen, held_out = generator.normal(2.0, difficulty, 200), generator.normal(2.1, difficulty, 300)
         estimate = gap(seen, held_out, np.zeros(200, dtype=int), resamples=300, seed=trial)["gap"]
         assert estimate["value"] == pytest.approx(held_out.mean() - seen.mean())
         covered += estimate["low"] <= 0.1 <= estimate["high"]
-    assert 88 <= covered <= 100
+    assert 52 <= covered <= 60
     # Both sides contribute: the standard error is that of a difference of independent means.
     width = difficulty * math.sqrt(1 / 200 + 1 / 300)
     assert (estimate["high"] - estimate["low"]) / (2 * 1.96 * width) == pytest.approx(1, abs=0.2)

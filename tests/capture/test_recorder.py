@@ -87,3 +87,9 @@ def test_copies_have_the_wanted_number_format_and_memory_of_their_own(model: Tra
         model.final_norm.register_forward_hook(lambda _module, _inputs, output: output.zero_())
         model(tokens)
     assert recorder.captured["final_norm"].abs().sum() > 0
+
+
+def test_a_recorder_is_attached_once(model: Transformer) -> None:
+    with Recorder(model, ["embed"]) as recorder, pytest.raises(RuntimeError, match="attached already"), recorder:
+        pass
+    assert not model.embed._forward_hooks

@@ -255,7 +255,9 @@ def test_missing_things_are_named(tmp_path: Path) -> None:
         ActivationStore(tmp_path).read(4, "head")
 
 
-@pytest.mark.parametrize("row", ['{"event": "shard", "step": 1}', "not json", '{"event": "model", "format": 1, "identity": {}}', "[]"])
+@pytest.mark.parametrize(
+    "row", ['{"event": "shard", "step": 1}', "not json", '{"event": "model", "format": 1, "identity": {}}', "[]"]
+)
 def test_a_damaged_manifest_is_named_with_its_row(tmp_path: Path, row: str) -> None:
     write(tmp_path, 4, batch(0))
     with (tmp_path / "manifest.jsonl").open("a") as file:

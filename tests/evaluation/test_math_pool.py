@@ -11,7 +11,7 @@ from megatron_plasticity.evaluation.math_pool import MathPool
 def _behave(a: str, b: str) -> bool:
     """Stands for a comparison that can hang, die or fail; it runs in the worker processes."""
     if a == "hang":
-        time.sleep(60)
+        time.sleep(600)
     if a == "die":
         os._exit(1)
     if a == "fail":
@@ -24,11 +24,11 @@ def _behave(a: str, b: str) -> bool:
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_comparison_that_hangs_dies_or_fails_is_not_equal_and_the_others_go_on(workers: int) -> None:
     pairs = [("1", "1"), ("hang", ""), ("1", "2"), ("die", ""), ("2", "2"), ("fail", ""), ("memory", ""), ("3", "3")]
-    pool = MathPool(workers, time_limit=0.4, compare=_behave)
+    pool = MathPool(workers, time_limit=1.5, compare=_behave)
     start = time.monotonic()
     try:
         assert pool.equal_all(pairs) == [a == b for a, b in pairs]
-        assert time.monotonic() - start < 30
+        assert time.monotonic() - start < 120
         assert pool.equal_all([("4", "4"), ("4", "5")]) == [True, False]  # the pool can be used again
     finally:
         pool.close()

@@ -21,7 +21,7 @@ def _save_reward_model(folder: Path, labels: int = 1, chat_template: str | None 
     from transformers import LlamaConfig, LlamaForSequenceClassification, PreTrainedTokenizerFast
 
     train_byte_bpe(["the answer is one"], 257).save(folder / "bare.json")
-    tokenizer = PreTrainedTokenizerFast(
+    tokenizer: Any = PreTrainedTokenizerFast(
         tokenizer_file=str(folder / "bare.json"),
         eos_token="<|endoftext|>",
         pad_token="<|endoftext|>",
@@ -38,7 +38,7 @@ def _save_reward_model(folder: Path, labels: int = 1, chat_template: str | None 
         num_attention_heads=2,
         num_key_value_heads=1,
         max_position_embeddings=128,
-        pad_token_id=tokenizer.convert_tokens_to_ids("<|endoftext|>"),
+        pad_token_id=tokenizer.pad_token_id,
         initializer_range=0.3,
     )
     config.num_labels = labels

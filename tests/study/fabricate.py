@@ -2,8 +2,8 @@
 
     python -m tests.study.fabricate FOLDER
 
-The numbers come from a seeded generator: a U-shaped loss over λ, fine-tuned scores that peak at a larger λ, probe accuracy that rises with λ, and
-so on. Nothing here is a measurement.
+The numbers come from a seeded generator: a U-shaped loss over λ, fine-tuned scores that peak at a larger λ, probe accuracy that
+rises with λ, and so on. Nothing here is a measurement.
 """
 
 from __future__ import annotations
@@ -60,7 +60,10 @@ def fabricate(folder: Path, what: Fabrication = Fabrication()) -> Path:
         "name": what.name,
         "description": what.description,
         "config": _config(what),
-        "corpus": {"folder": "data/quickstart-01234567", "manifest": {"sha256": "0" * 64, "train_tokens": 2_100_000, "held_out_tokens": 64_000}},
+        "corpus": {
+            "folder": "data/quickstart-01234567",
+            "manifest": {"sha256": "0" * 64, "train_tokens": 2_100_000, "held_out_tokens": 64_000},
+        },
         "cells": cells,
     }
     _write_json(folder / "study.json", study)
@@ -76,13 +79,27 @@ def _config(what: Fabrication) -> dict[str, Any]:
     if len(what.seeds) > 1:
         axes["seed"] = list(what.seeds)
     base = {
-        "model": {"family": "llama2", "layers": LAYERS, "hidden_size": HEADS * HEAD_DIM, "query_heads": HEADS, "kv_heads": 2, "head_dim": HEAD_DIM},
+        "model": {
+            "family": "llama2",
+            "layers": LAYERS,
+            "hidden_size": HEADS * HEAD_DIM,
+            "query_heads": HEADS,
+            "kv_heads": 2,
+            "head_dim": HEAD_DIM,
+        },
         "optimizer": {"learning_rate": LEARNING_RATE},
         "steps": STEPS,
-        "seed": what.seeds[0],
+        "seed": min(what.seeds),
     }
     tasks = [{"name": task, "train_examples": 1000, "test_examples": what.questions, "seed": 42} for task in what.tasks]
-    return {"name": what.name, "description": what.description, "base": base, "axes": axes, "tasks": tasks, "resources": {"threads": 1}}
+    return {
+        "name": what.name,
+        "description": what.description,
+        "base": base,
+        "axes": axes,
+        "tasks": tasks,
+        "resources": {"threads": 1},
+    }
 
 
 def _cells(what: Fabrication) -> list[dict[str, Any]]:
@@ -92,7 +109,15 @@ def _cells(what: Fabrication) -> list[dict[str, Any]]:
         identity = f"{kind}-{label}"
         digest = sha256(identity.encode()).hexdigest()[:10]
         cells.append(
-            {"id": identity, "kind": kind, "folder": f"{identity}-{digest}", **base, "task": task, "parent": parent, "needs": [parent] if parent else []}
+            {
+                "id": identity,
+                "kind": kind,
+                "folder": f"{identity}-{digest}",
+                **base,
+                "task": task,
+                "parent": parent,
+                "needs": [parent] if parent else [],
+            }
         )
         return identity
 
@@ -182,7 +207,8 @@ def _pretrain(cell: dict[str, Any], what: Fabrication, generator: np.random.Gene
     loss = _loss(cell["weight_decay"]) + generator.normal(0, 0.003)
     return {
         "held_out_loss": loss, "held_out_sequences": 512, "seen_loss": loss - 0.03, "train_loss": loss - 0.02, "steps": STEPS,
-        "tokens": STEPS * 32 * 256, "weight_decay": cell["weight_decay"], "parameters": {"total": 1_400_000, "non_embedding": 900_000},
+        "tokens": STEPS * 32 * 256, "weight_decay": cell["weight_decay"],
+        "parameters": {"total": 1_400_000, "non_embedding": 900_000},
         "checkpoint": f"checkpoints/step-{STEPS}",
     }  # fmt: skip
 
@@ -233,12 +259,24 @@ def _evaluate(cell: dict[str, Any], what: Fabrication, generator: np.random.Gene
 def _probes(cell: dict[str, Any], what: Fabrication, generator: np.random.Generator) -> dict[str, Any]:
     points = ["embed", *(f"layers.{layer}.resid_post" for layer in range(LAYERS))]
     datasets = {}
-    for name, classes, chance in (("topic", ["markup", "network", "numeric", "text"], 0.25), ("polarity", ["negative", "positive"], 0.5)):
+    for name, classes, chance in (
+        ("topic", ["markup", "network", "numeric", "text"], 0.25),
+        ("polarity", ["negative", "positive"], 0.5),
+    ):
         variants = {}
         for variant, offset in (("standardised", 0.0), ("raw", -0.03)):
             accuracy = [
                 [
-                    float(np.clip(chance + (1 - chance) * (0.3 + 0.08 * layer + 0.25 * _strength(cell["weight_decay"])) + offset + noise, 0, 1))
+                    float(
+                        np.clip(
+                            chance
+                            + (1 - chance) * (0.3 + 0.08 * layer + 0.25 * _strength(cell["weight_decay"]))
+                            + offset
+                            + noise,
+                            0,
+                            1,
+                        )
+                    )
                     for noise in generator.normal(0, 0.012, 3)
                 ]
                 for layer in range(len(points))
@@ -255,14 +293,17 @@ def _attention(cell: dict[str, Any], what: Fabrication, generator: np.random.Gen
     for layer in range(LAYERS):
         entry: dict[str, Any] = {}
         for matrix, slope in (("qk", 0.05 + 0.5 * strength), ("vp", 0.04 + 0.04 * strength)):
-            singular = np.exp(-slope * np.arange(HEAD_DIM)[None, :] * (1 + 0.1 * layer) + generator.normal(0, 0.02, (HEADS, HEAD_DIM)))
+            singular = np.exp(
+                -slope * np.arange(HEAD_DIM)[None, :] * (1 + 0.1 * layer) + generator.normal(0, 0.02, (HEADS, HEAD_DIM))
+            )
             singular = -np.sort(-singular, axis=1)
             shares, squares = (np.cumsum(values, 1) / values.sum(1, keepdims=True) for values in (singular, singular**2))
             entry[matrix] = {
                 "pseudo_rank": {f"{t:.2f}": [int(n) for n in (shares < t).sum(1) + 1] for t in (0.9, 0.95, 0.99)},
                 "pseudo_rank_squared": {f"{t:.2f}": [int(n) for n in (squares < t).sum(1) + 1] for t in (0.9, 0.95, 0.99)},
                 "nuclear": singular.sum(1).tolist(), "frobenius": np.sqrt((singular**2).sum(1)).tolist(),
-                "stable_rank": ((singular**2).sum(1) / singular[:, 0] ** 2).tolist(), "entropy_rank": (singular.sum(1) / singular[:, 0]).tolist(),
+                "stable_rank": ((singular**2).sum(1) / singular[:, 0] ** 2).tolist(),
+                "entropy_rank": (singular.sum(1) / singular[:, 0]).tolist(),
             }  # fmt: skip
             spectra[matrix].append((singular / singular[:, :1]).mean(0).tolist())
             ranks[matrix].append(float(np.mean(entry[matrix]["pseudo_rank"]["0.95"])))

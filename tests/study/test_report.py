@@ -77,7 +77,20 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_whole_report_has_every_section(whole: Path) -> None:
     page = Page((whole / "report" / "index.html").read_text(encoding="utf-8"))
-    for section in ("answer", "loss", "tasks", "plasticity", "samples", "probes", "attention", "gap", "training", "cells", "limits", "reproduce"):
+    for section in (
+        "answer",
+        "loss",
+        "tasks",
+        "plasticity",
+        "samples",
+        "probes",
+        "attention",
+        "gap",
+        "training",
+        "cells",
+        "limits",
+        "reproduce",
+    ):
         assert section in page.ids
     assert all(task in page.words for task in TASKS)
     assert page.tags.count("svg") == page.tags.count("figure") > 40
@@ -90,7 +103,8 @@ def test_the_page_is_self_contained(whole: Path) -> None:
     files = {link for link in page.links if not link.startswith(("#", "data:image/png;base64,"))}
     assert files == {"cells.csv", "scores.csv", "report.json"}
     assert all((whole / "report" / file).is_file() for file in files)
-    assert "@import" not in html and not re.search(r"url\((?!#|['\"]?#)", html)
+    assert "@import" not in html
+    assert not re.search(r"url\((?!#|['\"]?#)", html)
 
 
 def test_ids_are_unique_and_references_resolve(whole: Path) -> None:
@@ -98,7 +112,8 @@ def test_ids_are_unique_and_references_resolve(whole: Path) -> None:
     page = Page(html)
     assert len(page.ids) == len(set(page.ids))
     inside = {link[1:] for link in page.links if link.startswith("#")} | set(re.findall(r"url\(#([^)]+)\)", html))
-    assert inside and inside <= set(page.ids)
+    assert inside
+    assert inside <= set(page.ids)
 
 
 def test_figures_follow_the_colour_scheme(whole: Path) -> None:
@@ -133,14 +148,16 @@ def test_csv_and_json_hold_the_numbers_of_the_results(whole: Path) -> None:
     expected = results.groups[0].models[2].finetuned_scores["algebra"].metrics["greedy"]
     assert (float(row["value"]), float(row["low"]), float(row["high"])) == (expected.value, expected.low, expected.high)
     report = json.loads((whole / "report" / "report.json").read_text())
-    assert report["name"] == "invented" and len(report["scores"]) == len(scores)
+    assert report["name"] == "invented"
+    assert len(report["scores"]) == len(scores)
 
 
 def test_the_answer_names_the_two_best_weight_decays(whole: Path) -> None:
     results = collect(whole)
     losses = {m.weight_decay: m.held_out_loss for m in results.groups[0].models}
     means = {
-        m.weight_decay: sum(s.metrics["greedy"].value for s in m.finetuned_scores.values()) / len(TASKS) for m in results.groups[0].models
+        m.weight_decay: sum(s.metrics["greedy"].value for s in m.finetuned_scores.values()) / len(TASKS)
+        for m in results.groups[0].models
     }
     report = json.loads((whole / "report" / "report.json").read_text())["groups"][0]
     assert report["best_by_loss"] == min(losses, key=lambda d: losses[d] or 9)
@@ -152,7 +169,12 @@ def test_the_answer_names_the_two_best_weight_decays(whole: Path) -> None:
 
 @pytest.mark.parametrize(
     "hostile",
-    ["<script>alert(1)</script>", "</svg><img src=x onerror=alert(1)>", '"><b onclick="x">', "{{ 7 * 7 }} & $\\frac{1}{2}$ ]]> \x00\x1b"],
+    [
+        "<script>alert(1)</script>",
+        "</svg><img src=x onerror=alert(1)>",
+        '"><b onclick="x">',
+        "{{ 7 * 7 }} & $\\frac{1}{2}$ ]]> \x00\x1b",
+    ],
 )
 def test_text_from_models_errors_and_names_is_escaped(tmp_path: Path, hostile: str) -> None:
     what = Fabrication(
@@ -205,7 +227,7 @@ def test_failed_running_and_missing_cells_are_shown_with_their_reason(tmp_path: 
     ids=["one λ", "only λ=0", "no tasks", "no analyses", "paper's grid", "two seeds", "nothing done"],
 )
 def test_partial_studies_have_a_report(tmp_path: Path, what: Fabrication) -> None:
-    html, page = page_of(fabricate(tmp_path / "study", what))
+    _html, page = page_of(fabricate(tmp_path / "study", what))
     assert ("tasks" in page.ids) == bool(what.tasks)
     assert ("probes" in page.ids) == bool(what.analyses)
     assert len(page.ids) == len(set(page.ids))

@@ -32,7 +32,9 @@ def test_a_whole_study_is_read(tmp_path: Path) -> None:
     assert set(model.base_scores) == set(model.finetuned_scores) == set(TASKS)
     scores = model.finetuned_scores["algebra"]
     assert scores.metrics["greedy"].value == pytest.approx(sum(scores.greedy_correct) / scores.questions)
-    assert model.probes and model.attention and model.overfitting
+    assert model.probes
+    assert model.attention
+    assert model.overfitting
     assert model.pretrain.metrics["train/loss"].steps[:3] == (0, 10, 20)
     assert model.pretrain.seconds == 130.0
 
@@ -55,11 +57,14 @@ def test_other_axes_make_groups(tmp_path: Path) -> None:
 )
 def test_a_cell_without_results_keeps_its_state_and_reason(tmp_path: Path, status: str, reason: str) -> None:
     cell = "finetune-wd0.5-trials"
-    what = Fabrication(weight_decays=(0.5,), tasks=("trials",), questions=10, statuses={cell: status, f"evaluate-{cell[9:]}": "missing"})
+    what = Fabrication(
+        weight_decays=(0.5,), tasks=("trials",), questions=10, statuses={cell: status, f"evaluate-{cell[9:]}": "missing"}
+    )
     results = collect(fabricate(tmp_path / "study", what))
     found = next(c for c in results.cells if c.id == cell)
     assert found.status == status
-    assert found.reason is not None and reason in found.reason
+    assert found.reason is not None
+    assert reason in found.reason
     assert results.groups[0].models[0].finetuned_scores == {}
     assert results.groups[0].models[0].base_scores["trials"].questions == 10
 
@@ -72,7 +77,8 @@ def test_a_damaged_cell_is_kept_and_named(tmp_path: Path, file: str, content: st
     path.unlink() if content is None else path.write_text(content)
     cell = next(c for c in collect(study).cells if c.id == "pretrain-wd0.5")
     assert cell.status == "damaged"
-    assert cell.reason is not None and file in cell.reason
+    assert cell.reason is not None
+    assert file in cell.reason
     assert cell.results == {}
 
 
@@ -88,10 +94,13 @@ def test_a_diverged_run_has_no_loss(tmp_path: Path) -> None:
 def test_torn_and_non_finite_metric_rows(tmp_path: Path) -> None:
     study = fabricate(tmp_path / "study", SMALL)
     path = folder_of(study, "pretrain-wd0.5") / "metrics.jsonl"
-    path.write_text('{"step": 1, "time": 0, "train/loss": 2.5}\n{"step": 2, "time": 0, "train/loss": "nan"}\n{"step": 3, "train/lo')
+    path.write_text(
+        '{"step": 1, "time": 0, "train/loss": 2.5}\n{"step": 2, "time": 0, "train/loss": "nan"}\n{"step": 3, "train/lo'
+    )
     series = collect(study).groups[0].models[1].pretrain.metrics["train/loss"]
     assert series.steps == (1, 2)
-    assert series.values[0] == 2.5 and math.isnan(series.values[1])
+    assert series.values[0] == 2.5
+    assert math.isnan(series.values[1])
     assert isinstance(series, Series)
 
 

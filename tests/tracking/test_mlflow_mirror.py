@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import threading
 import time
@@ -18,6 +17,7 @@ from megatron_plasticity.errors import UserError
 from megatron_plasticity.tracking import mlflow_mirror
 from megatron_plasticity.tracking.metrics import MetricLog
 from megatron_plasticity.tracking.mlflow_mirror import MlflowMirror, mirror_in_background
+from megatron_plasticity.tracking.mlflow_store import connect
 from megatron_plasticity.tracking.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -454,17 +454,25 @@ class TestUnreachable:
 
 
 class TestBackground:
-    @pytest.mark.slow
-    def test_two_processes_can_make_one_store(self, tmp_path: Path) -> None:
-        program = (
-            "import sys; from megatron_plasticity.tracking.mlflow_store import connect\n"
-            "print(len(connect(sys.argv[1]).search_experiments()))"
-        )
+    def test_a_new_store_is_made_by_one_process_at_a_time(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        inside: list[int] = []
+        most: list[int] = []
+
+        def slow_client(tracking_uri: str) -> str:
+            inside.append(1)
+            most.append(len(inside))
+            time.sleep(0.05)
+            inside.pop()
+            return tracking_uri
+
+        monkeypatch.setattr("mlflow.MlflowClient", slow_client)
         uri = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
-        command = [sys.executable, "-c", program, uri]
-        both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-        outputs = [process.communicate(timeout=200) for process in both]
-        assert [(process.returncode, out) for process, (out, _) in zip(both, outputs, strict=True)] == [(0, "1\n")] * 2, outputs
+        threads = [threading.Thread(target=connect, args=(uri,)) for _ in range(4)]  # locked like processes: by descriptor
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert most == [1, 1, 1, 1]
 
     def test_syncs_while_the_work_goes_on_and_once_at_the_end(self, store: Path, folder: RunFolder) -> None:
         warnings: list[str] = []

@@ -9,12 +9,16 @@ from random import Random
 
 from megatron_plasticity.data.problems.problem import Family, Key, Question
 
+_LARGEST = 24
 _UNKNOWNS = ("x", "y", "n")
 
 
 @dataclass(frozen=True)
 class Equation:
-    """`factor·x + shift = total`; `shift` may be negative."""
+    """`factor·x + shift = total`; `shift` may be negative, `total` and `total - shift` lie between 1 and 24.
+
+    The solution is a whole number or a fraction in lowest terms as it stands.
+    """
 
     factor: int
     shift: int
@@ -26,10 +30,10 @@ class Equation:
 
     @property
     def level(self) -> int:
-        """1 for one step with a whole result, 2 for two steps, 3 for a fraction in lowest terms."""
-        if self.solution[1] > 1:
-            return 3
-        return 2 if self.factor > 1 and self.shift else 1
+        """1 for one step, 2 for two steps to a fraction that needs no more work, 3 for two steps to a whole number."""
+        if self.factor == 1 or not self.shift:
+            return 1
+        return 2 if self.solution[1] > 1 else 3
 
     @property
     def solution(self) -> tuple[int, int]:
@@ -70,20 +74,14 @@ class Equation:
 
 
 def _problems() -> Sequence[Equation]:
-    shifts = range(-9, 10)
-    one_step = [Equation(1, shift, x + shift) for x in range(1, 20) for shift in shifts if shift]
-    one_step += [Equation(factor, 0, factor * x) for factor in range(2, 10) for x in range(1, 10)]
-    two_steps = [
-        Equation(factor, shift, factor * x + shift) for factor in range(2, 10) for x in range(1, 10) for shift in shifts if shift
+    every = [
+        Equation(factor, shift, total)
+        for factor in range(1, 10)
+        for shift in range(-9, 10)
+        for total in range(1, _LARGEST + 1)
+        if (factor > 1 or shift) and 0 < total - shift <= _LARGEST
     ]
-    fractions = [
-        Equation(factor, shift, rest + shift)
-        for factor in range(2, 10)
-        for rest in range(1, 16)
-        for shift in shifts
-        if gcd(factor, rest) == 1
-    ]
-    return [equation for equation in one_step + two_steps + fractions if equation.total > 0]
+    return [equation for equation in every if equation.solution[1] in (1, equation.factor)]
 
 
 FAMILY = Family("algebra", "maths", "linear equations with whole and fractional solutions", _problems)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
-from megatron_plasticity.data.problems.problem import Family, Key, Question, article, inline_choice, lettered, place
+from megatron_plasticity.data.problems.problem import Family, Key, Question, article, lettered, place
 from megatron_plasticity.data.problems.split import on_test_side
 from megatron_plasticity.data.problems.world import RELATIONS, THINGS, Relation, Thing
 
@@ -42,23 +42,25 @@ class FactQuestion:
         value = self.thing.value(self.relation)
         return {"kind": article(value), "colour": value, "place": f"from the {value}"}[self.relation]
 
-    def ask(self, rng: Random, position: int) -> Question:
+    def _search(self, rng: Random, position: int) -> tuple[tuple[str, ...], str, str]:
+        """The options, the letter of the right one, and the facts of the options up to the right one."""
+        things = {thing.name: thing for thing in (self.thing, *self.others)}
         options, letter = place(self.thing.name, [other.name for other in self.others], rng, position)
+        last = options.index(self.thing.name) + 1
+        return options, letter, lettered([things[name].fact(self.relation) for name in options[:last]], " ")
+
+    def ask(self, rng: Random, position: int) -> Question:
+        options, letter, facts = self._search(rng, position)
         return Question(
             prompt=f"Which of these is {self._property()}?\n{lettered(options)}",
-            response=f"{self.thing.fact(self.relation)} The answer is {letter}",
+            response=f"{facts} The answer is {letter}",
             answer=letter,
             choices=options,
         )
 
     def tell(self, rng: Random) -> str:
-        names = [other.name for other in self.others]
-        facts = [self.thing.fact(self.relation), *(other.fact(self.relation) for other in self.others)]
-        rng.shuffle(facts)
-        if rng.random() < 0.5:
-            return f"{' '.join(facts)} So of the four only the {self.thing.name} is {self._property()}."
-        chosen = inline_choice(self.thing.name, names, rng)
-        return f"One of these is {self._property()}: {chosen} {self.thing.fact(self.relation)}"
+        options, letter, facts = self._search(rng, rng.randrange(len(self.others) + 1))
+        return f"One of {', '.join(options)} is {self._property()}. {facts} So it is {letter}."
 
 
 def _fact_key(relation: Relation, thing: Thing) -> Key:

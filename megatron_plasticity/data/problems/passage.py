@@ -11,7 +11,6 @@ from megatron_plasticity.data.problems.problem import PEOPLE, Family, Key, Quest
 
 SPOTS = ("park", "school", "market", "barn", "kitchen", "garden", "library", "station")
 OBJECTS = ("kite", "ball", "lamp", "key", "hat", "map")
-_OPTIONS = 4
 _PROBLEMS = 9000
 
 Event = tuple[str, Literal["goes", "takes"], str]
@@ -38,29 +37,24 @@ class Passage:
     @property
     def spot(self) -> str:
         """Where what is looked for is at the end."""
-        holder = next((person for person, verb, what in self.events if verb == "takes" and what == self.sought), self.sought)
+        return self._spot_of(self.sought)
+
+    def _spot_of(self, sought: str) -> str:
+        holder = next((person for person, verb, what in self.events if verb == "takes" and what == sought), sought)
         return next(what for person, verb, what in reversed(self.events) if person == holder and verb == "goes")
 
     @property
-    def _subject(self) -> str:
-        return f"the {self.sought}" if self.sought in OBJECTS else self.sought
-
-    @property
-    def _mentioned(self) -> list[str]:
-        return list(dict.fromkeys(what for _, verb, what in self.events if verb == "goes"))
-
-    def _wrong(self, rng: Random) -> list[str]:
-        """The other spots of the passage first, so that a spot's being mentioned gives nothing away."""
-        mentioned = [spot for spot in self._mentioned if spot != self.spot]
-        others = [spot for spot in SPOTS if spot not in self._mentioned]
-        return (rng.sample(mentioned, len(mentioned)) + rng.sample(others, len(others)))[: _OPTIONS - 1]
+    def _wrong(self) -> list[str]:
+        """The three other spots of the passage, so that a spot's being mentioned gives nothing away."""
+        spots = dict.fromkeys(what for _, verb, what in self.events if verb == "goes")
+        return [f"the {spot}" for spot in spots if spot != self.spot]
 
     def ask(self, rng: Random, position: int) -> Question:
         passage = _story(self.events, {"goes": "goes to", "takes": "takes"})
         right = f"the {self.spot}"
-        options, letter = place(right, [f"the {spot}" for spot in self._wrong(rng)], rng, position)
+        options, letter = place(right, self._wrong, rng, position)
         return Question(
-            prompt=f"{passage}\nWhere is {self._subject}?\n{lettered(options)}",
+            prompt=f"{passage}\nWhere is {_named(self.sought)}?\n{lettered(options)}",
             response=f"{right}. Therefore, the answer is {letter}.",
             answer=letter,
             choices=options,
@@ -68,10 +62,16 @@ class Passage:
 
     def tell(self, rng: Random) -> str:
         story = _story(self.events, {"goes": "went to", "takes": "took"})
-        closing = f"So {self._subject} is in the {self.spot}."
+        others = [person for person in dict.fromkeys(person for person, _, _ in self.events) if person != self.sought]
+        sought = [*rng.sample(others, len(others)), self.sought]
+        ends = "So " + ", ".join(f"{_named(name)} is in the {self._spot_of(name)}" for name in sought) + "."
         if rng.random() < 0.4:
-            closing += " " + inline_choice(f"the {self.spot}", [f"the {spot}" for spot in self._wrong(rng)], rng)
-        return f"{story} {closing}"
+            ends += " " + inline_choice(f"the {self.spot}", self._wrong, rng)
+        return f"{story} {ends}"
+
+
+def _named(sought: str) -> str:
+    return f"the {sought}" if sought in OBJECTS else sought
 
 
 def _story(events: Sequence[Event], verbs: dict[str, str]) -> str:

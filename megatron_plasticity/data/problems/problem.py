@@ -34,8 +34,8 @@ class Question:
 class Problem(Protocol):
     @property
     def key(self) -> Key:
-        """What the train/test split hashes: what sort of content it is, then the content, or the part of it that a test problem must
-        not share with training."""
+        """What the train/test split hashes: the sort of content, then the content itself, or the part of it that a test problem
+        must not share with training."""
         ...
 
     @property
@@ -85,8 +85,3 @@ def inline_choice(right: str, wrong: Sequence[str], rng: Random) -> str:
 def article(noun: str) -> str:
     """The noun with its indefinite article."""
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
-
-
-def capitalised(sentence: str) -> str:
-    """The sentence with a capital first letter."""
-    return sentence[:1].upper() + sentence[1:]

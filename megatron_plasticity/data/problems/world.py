@@ -11,7 +11,7 @@ from itertools import accumulate
 from random import Random
 from typing import Literal
 
-from megatron_plasticity.data.problems.problem import article, capitalised
+from megatron_plasticity.data.problems.problem import article
 
 Relation = Literal["kind", "colour", "place"]
 RELATIONS: tuple[Relation, ...] = ("kind", "colour", "place")
@@ -43,7 +43,7 @@ class Thing:
     def fact(self, relation: Relation) -> str:
         """The fact as one sentence, always in the same words."""
         if relation == "kind":
-            return f"{capitalised(article(self.name))} is {article(self.kind)}."
+            return f"The {self.name} is {article(self.kind)}."
         if relation == "colour":
             return f"The {self.name} is {self.colour}."
         return f"The {self.name} is from the {self.place}."

@@ -34,7 +34,9 @@ def answer(group: Group, found: Findings, tasks: Sequence[str]) -> Answer:
     """Put the findings on one group of base models into words."""
     notes = [found.problem, _excluded(group, found), _unfinished_tasks(found, tasks), _edge_of_scores(found)]
     loss_caption = found.loss_statement if found.losses else ""
-    return Answer(_cards(found), _verdict(group, found), tuple(note for note in notes if note), loss_caption, _rank_caption(found))
+    return Answer(
+        _cards(found), _verdict(group, found), tuple(note for note in notes if note), loss_caption, _rank_caption(found)
+    )
 
 
 def _cards(found: Findings) -> tuple[Card, ...]:
@@ -47,7 +49,7 @@ def _cards(found: Findings) -> tuple[Card, ...]:
     if found.best_by_loss is not None and found.best is not None and len(found.mean_scores) > 1:
         note = "the two choices coincide"
         if not found.agree:
-            note = "the size of the difference is not known" if found.advantage is None else f"by score scores {_points(found.advantage)} higher"
+            note = "the size of the difference is not known" if found.advantage is None else f"{_points(found.advantage)} apart"
         cards.append(Card("Do they differ?", "no" if found.agree else "yes", note))
     return tuple(cards)
 
@@ -60,11 +62,11 @@ def _score_note(found: Findings) -> str:
     assert found.best is not None
     low, high = found.best["low"], found.best["high"]
     share = next(row["share"] for row in found.best["distribution"] if row["weight_decay"] == found.best["weight_decay"])
-    score = f"{percent(found.best['score'])} % correct, mean of {_count(found.task_count, 'task')}."
+    score = f"{percent(found.best['score'])}\u00a0% correct, mean of {_count(found.task_count, 'task')}."
     if len(found.mean_scores) < 2:
         return score
     middle = f"all of the middle 95 % choose {low:g}" if low == high else f"the middle 95 % choose {low:g} to {high:g}"
-    return f"{score} Best in {100 * share:.0f} % of the bootstrap resamples of the questions; {middle}."
+    return f"{score} Best in {100 * share:.0f}\u00a0% of the bootstrap resamples of the questions; {middle}."
 
 
 def _verdict(group: Group, found: Findings) -> str:
@@ -77,9 +79,15 @@ def _verdict(group: Group, found: Findings) -> str:
         return f"{by_loss}. No λ has fine-tuned scores on all tasks, so the study does not say which λ is best after fine-tuning."
     if len(found.mean_scores) == 1:
         only = next(iter(found.mean_scores))
-        return f"{by_loss}. Only λ = {only:g} has fine-tuned scores on all tasks, so the study does not say which λ is best after fine-tuning."
+        return (
+            f"{by_loss}. Only λ = {only:g} has fine-tuned scores on all tasks, so the study does not say which λ is best "
+            "after fine-tuning."
+        )
     if found.agree:
-        return f"{by_loss} and the highest mean score after fine-tuning: here, choosing by loss and choosing by downstream score agree."
+        return (
+            f"{by_loss} and the highest mean score after fine-tuning: here, choosing by loss and choosing by downstream score "
+            "agree."
+        )
     start = f"{by_loss}, but λ = {found.best['weight_decay']:g} scores highest after fine-tuning"
     gained = found.advantage
     if gained is None or gained.low is None:
@@ -87,30 +95,38 @@ def _verdict(group: Group, found: Findings) -> str:
     start += f", by {_points(gained)}. "
     if gained.low > 0:
         return start + (
-            "That is more than the noise of drawing the questions. But the best λ was picked on these same questions, which flatters it, and with one run "
-            "per λ an effect of λ cannot be told from an effect of the seed."
+            "That is more than the noise of drawing the questions. But the best λ was picked on these same questions, which "
+            "flatters it, and with one run per λ an effect of λ cannot be told from an effect of the seed."
         )
-    return start + "The interval includes zero: the difference cannot be told from noise, and the study does not show that the two choices differ."
+    return (
+        start + "The interval includes zero: the difference cannot be told from noise, and the study does not show that the two "
+        "choices differ."
+    )
 
 
 def _points(gained: Estimate) -> str:
     value = f"{decimals(100 * gained.value, 1)} percentage points"
     if gained.low is None or gained.high is None:
         return value
-    return f"{value} (95 % interval {decimals(100 * gained.low, 1)} to {decimals(100 * gained.high, 1)})"
+    return f"{value} (95\u00a0% interval {decimals(100 * gained.low, 1)} to {decimals(100 * gained.high, 1)})"
 
 
 def _edge_of_scores(found: Findings) -> str:
     if found.best is None or len(found.mean_scores) < 3 or found.best["weight_decay"] != max(found.mean_scores):
         return ""
-    return f"The best λ by score, {found.best['weight_decay']:g}, is the largest that was compared: the score may go on rising beyond it."
+    return (
+        f"The best λ by score, {found.best['weight_decay']:g}, is the largest that was compared: the score may go on rising "
+        "beyond it."
+    )
 
 
 def _excluded(group: Group, found: Findings) -> str:
     missing = [model.weight_decay for model in group.models if model.weight_decay not in found.mean_scores]
     if not found.mean_scores or not missing:
         return ""
-    return f"Left out of the mean score, since scores of some tasks are missing: {listing(f'λ = {decay:g}' for decay in missing)}."
+    return (
+        f"Left out of the mean score, since scores of some tasks are missing: {listing(f'λ = {decay:g}' for decay in missing)}."
+    )
 
 
 def _unfinished_tasks(found: Findings, tasks: Sequence[str]) -> str:
@@ -125,7 +141,8 @@ def _rank_caption(found: Findings) -> str:
         return ""
     discordant, pairs = found.discordant
     return (
-        f"Lines that cross are pairs of λ that loss and score put in opposite order: {discordant} of {_count(pairs, 'pair')}. Score: mean over tasks, greedy. "
+        f"Lines that cross are pairs of λ that loss and score put in opposite order: {discordant} of {_count(pairs, 'pair')}. "
+        "Score: mean over tasks, greedy. "
         "Ranks hide how close the numbers are; see the intervals below."
     )
 

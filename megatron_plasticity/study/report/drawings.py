@@ -46,7 +46,7 @@ class Draughtsman:
         self.axis = WeightDecayAxis([model.weight_decay for model in group.models])
 
     def _drawing(self, figure: Figure, name: str, description: str, caption: str = "") -> Drawing:
-        return Drawing(Markup(render(figure, f"{self.prefix}-{name}", description, self.palette)), caption)  # noqa: S704
+        return Drawing(Markup(render(figure, f"{self.prefix}-{name}", description, self.palette)), caption)
 
     def loss(self, caption: str) -> Drawing | None:
         """Held-out loss against λ; None without any loss."""
@@ -59,7 +59,9 @@ class Draughtsman:
         """One panel per task that has a score."""
         return [
             self._drawing(
-                outcomes.task_figure(task, self.models, self.palette, self.axis), f"task-{task}", f"Score of {task} against weight decay"
+                outcomes.task_figure(task, self.models, self.palette, self.axis),
+                f"task-{task}",
+                f"Score of {task} against weight decay",
             )
             for task in tasks
             if any(task in model.base_scores or task in model.finetuned_scores for model in self.models)
@@ -80,7 +82,11 @@ class Draughtsman:
         deciles = {d: values for d, values in deciles.items() if any(values)}
         drawings = []
         if gaps:
-            drawings.append(self._drawing(outcomes.gap_figure(gaps, self.palette, self.axis), "gap", "Train–validation gap against weight decay"))
+            drawings.append(
+                self._drawing(
+                    outcomes.gap_figure(gaps, self.palette, self.axis), "gap", "Train–validation gap against weight decay"
+                )
+            )
         if deciles:
             drawings.append(self._drawing(outcomes.decile_figure(deciles, self.palette), "deciles", "Gap by tenth of the run"))
         return drawings
@@ -94,19 +100,15 @@ class Draughtsman:
                 chances[dataset] = number(entry.get("chance")) or 0.0
                 for variant, table in (entry.get("variants") or {}).items():
                     gathered.setdefault(variant, {}).setdefault(dataset, {})[decay] = table
-        return {
-            variant: [
-                self._drawing(
-                    internals.probe_figure(
-                        dataset, {d: t["accuracy"] for d, t in tables.items()}, next(iter(tables.values()))["points"], chances[dataset], self.palette
-                    ),
-                    f"probe-{variant}-{dataset}",
-                    f"Probe accuracy per layer on {dataset}",
-                )
-                for dataset, tables in datasets.items()
-            ]
-            for variant, datasets in gathered.items()
-        }  # fmt: skip
+        drawings: dict[str, list[Drawing]] = {}
+        for variant, datasets in gathered.items():
+            for dataset, tables in datasets.items():
+                accuracies = {decay: table["accuracy"] for decay, table in tables.items()}
+                points = next(iter(tables.values()))["points"]
+                figure = internals.probe_figure(dataset, accuracies, points, chances[dataset], self.palette)
+                drawn = self._drawing(figure, f"probe-{variant}-{dataset}", f"Probe accuracy per layer on {dataset}")
+                drawings.setdefault(variant, []).append(drawn)
+        return drawings
 
     def pseudo_ranks(self) -> list[Drawing]:
         """Pseudo-rank at 95 % of the sum against λ, for both matrices on one scale."""
@@ -120,12 +122,16 @@ class Draughtsman:
                     highest = float(results.get("head_dim") or max(ranks[decay]))
             if ranks:
                 figure = internals.pseudo_rank_figure(matrix, ranks, highest, self.axis)
-                drawings.append(self._drawing(figure, f"rank-{matrix}", f"Pseudo-rank of {matrix} per layer against weight decay"))
+                drawings.append(
+                    self._drawing(figure, f"rank-{matrix}", f"Pseudo-rank of {matrix} per layer against weight decay")
+                )
         return drawings
 
     def spectra(self) -> list[list[Drawing]]:
         """Normalised singular values of both matrices (rows) for a few layers (columns)."""
-        found = [(decay, results["mean_spectrum"]) for decay, results in self._results("attention") if results.get("mean_spectrum")]
+        found = [
+            (decay, results["mean_spectrum"]) for decay, results in self._results("attention") if results.get("mean_spectrum")
+        ]
         rows = []
         for matrix in internals.MATRIX_NAMES:
             layers = spread(min((len(spectrum.get(matrix) or ()) for _, spectrum in found), default=0), _MOST_LAYERS)
@@ -142,7 +148,9 @@ class Draughtsman:
         """Maps of a few heads (rows) for a few λ from the least to the greatest (columns)."""
         found = [(decay, results["example_maps"]) for decay, results in self._results("attention") if results.get("example_maps")]
         found = [found[index] for index in spread(len(found), _MOST_MAP_COLUMNS)]
-        heads = list(dict.fromkeys((example["layer"], example["head"]) for _, examples in found for example in examples))[:_MOST_HEADS]
+        heads = list(dict.fromkeys((example["layer"], example["head"]) for _, examples in found for example in examples))[
+            :_MOST_HEADS
+        ]
         return [
             [
                 self._drawing(

@@ -80,7 +80,12 @@ class Findings:
     def record(self) -> dict[str, Any]:
         """For `report.json`."""
         best_by_score = None if self.best is None else self.best["weight_decay"]
-        return {"best_by_loss": self.best_by_loss, "best_by_score": best_by_score, "problem": self.problem, "plasticity": self.statistics}
+        return {
+            "best_by_loss": self.best_by_loss,
+            "best_by_score": best_by_score,
+            "problem": self.problem,
+            "plasticity": self.statistics,
+        }
 
 
 def find(group: Group, tasks: Sequence[str], resamples: int = _RESAMPLES) -> Findings:

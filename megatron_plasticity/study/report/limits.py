@@ -7,7 +7,18 @@ from megatron_plasticity.study.results import StudyResults, number
 
 def limits(results: StudyResults) -> list[str]:
     """Sentences on scale, seeds, intervals and questions, most important first."""
-    return [text for text in (_scale(results), _seeds(results), _intervals(results), _questions(results), _grid(results), _comparisons(results)) if text]
+    return [
+        text
+        for text in (
+            _scale(results),
+            _seeds(results),
+            _intervals(results),
+            _questions(results),
+            _grid(results),
+            _comparisons(results),
+        )
+        if text
+    ]
 
 
 def _scale(results: StudyResults) -> str:
@@ -18,8 +29,10 @@ def _scale(results: StudyResults) -> str:
         return ""
     ratios = [count / size for count, size in zip(tokens, sizes, strict=False)]
     return (
-        f"Scale. The base models have {_range(sizes)} parameters and saw {_range(tokens)} tokens, {_range(ratios)} tokens per parameter. The paper's models "
-        "have 0.5 to 4 billion parameters and 20 or 140 tokens per parameter. A λ found here does not carry over as a number; the AdamW timescale is the "
+        f"Scale. The base models have {_range(sizes)} parameters and saw {_range(tokens)} tokens, {_range(ratios)} tokens per "
+        "parameter. The paper's models "
+        "have 0.5 to 4 billion parameters and 20 or 140 tokens per parameter. A λ found here does not carry over as a number; "
+        "the AdamW timescale is the "
         "quantity to carry over, and that it does is a conjecture to test."
     )
 
@@ -39,17 +52,23 @@ def _short(value: float) -> str:
 def _seeds(results: StudyResults) -> str:
     seeds = {str(cell.point[path]) for cell in results.cells for path in cell.point if path == "seed" or path.endswith(".seed")}
     if len(seeds) > 1:
-        return f"Seeds. Each λ was trained with {len(seeds)} seeds, shown side by side; their spread is the only sight of training noise here."
+        return (
+            f"Seeds. Each λ was trained with {len(seeds)} seeds, shown side by side; their spread is the only sight of "
+            "training noise here."
+        )
     return (
-        "Seeds. Each λ was trained once. Two runs that differ in the seed alone also differ in loss and in scores, and this study cannot tell such a difference "
+        "Seeds. Each λ was trained once. Two runs that differ in the seed alone also differ in loss and in scores, and this "
+        "study cannot tell such a difference "
         "from an effect of λ."
     )
 
 
 def _intervals(results: StudyResults) -> str:
     return (
-        "Intervals. They are bootstrap intervals over questions or sequences: they say how a score would change with another test set of the same kind, and "
-        "nothing of how it would change with another training run. They are therefore too narrow for statements about λ in general."
+        "Intervals. They are bootstrap intervals over questions or sequences: they say how a score would change with another "
+        "test set of the same kind, and "
+        "nothing of how it would change with another training run. They are therefore too narrow for statements about λ in "
+        "general."
     )
 
 
@@ -60,7 +79,8 @@ def _questions(results: StudyResults) -> str:
     span = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
     width = 100 * 1.96 * (0.25 / counts[0]) ** 0.5
     return (
-        f"Questions. A task is {span} test questions; at {counts[0]} questions an accuracy near one half is known to about ±{width:.0f} points. "
+        f"Questions. A task is {span} test questions; at {counts[0]} questions an accuracy near one half is known to about "
+        f"±{width:.0f} points. "
         "The tasks stand for kinds of tasks; a ranking of λ on them need not hold on others."
     )
 
@@ -70,7 +90,8 @@ def _grid(results: StudyResults) -> str:
     if len(decays) < 2:
         return "Grid. There is one λ, so nothing can be said about the effect of λ."
     return (
-        f"Grid. Only {len(decays)} values of λ were tried; the best of them is not the optimum between them. Learning rate, schedule and batch were not tuned "
+        f"Grid. Only {len(decays)} values of λ were tried; the best of them is not the optimum between them. Learning rate, "
+        "schedule and batch were not tuned "
         "anew for each λ."
     )
 
@@ -79,6 +100,7 @@ def _comparisons(results: StudyResults) -> str:
     if len(results.tasks) < 2:
         return ""
     return (
-        f"Many looks. With {len(results.tasks)} tasks and {len(results.weight_decays)} values of λ, some differences look large by chance. No correction is made "
+        f"Many looks. With {len(results.tasks)} tasks and {len(results.weight_decays)} values of λ, some differences look "
+        "large by chance. No correction is made "
         "for that; single tasks are for exploring."
     )

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import metadata
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
@@ -28,6 +29,7 @@ from megatron_plasticity.study.results import Group, StudyResults, collect, numb
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 """Characters that HTML forbids, which a model may well write."""
 _PACKAGES = ("megatron-plasticity", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
+
 
 @dataclass(frozen=True)
 class GroupView:
@@ -74,7 +76,10 @@ def render_page(results: StudyResults, findings: list[Findings]) -> str:
             for index, (group, found) in enumerate(zip(results.groups, findings, strict=True))
         ]
     environment = Environment(
-        loader=PackageLoader("megatron_plasticity.study.report", "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+        loader=PackageLoader("megatron_plasticity.study.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
     )
     html = environment.get_template("template.html.jinja").render(_context(results, groups, palette))
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", html)
@@ -125,6 +130,7 @@ def _context(results: StudyResults, groups: list[GroupView], palette: Palette) -
         "limits": limits(results),
         "config": _yaml(results.config),
         "corpus": _yaml(results.corpus) if results.corpus else "",
+        "report_folder": shlex.quote(str(PurePath(str(results.config.get("output") or "runs")) / results.name)),
         "versions": _versions(),
     }
 

@@ -12,12 +12,28 @@ from megatron_plasticity.study.results import estimate
 
 LEGEND = (
     ("Gain", "score after fine-tuning minus score of the base model on the same questions, in percentage points"),
-    ("Best λ", "the λ with the highest score after fine-tuning; the range holds the middle 95 % of the choices that bootstrap resamples of the questions make"),
-    ("Over choosing by loss", "score at the best λ minus score at the λ with the least held-out loss, with a paired interval. Since the best λ was picked on the same questions, it leans upwards"),  # noqa: E501
+    (
+        "Best λ",
+        "the λ with the highest score after fine-tuning; the range holds the middle 95 % of the choices that bootstrap "
+        "resamples of the questions make",
+    ),
+    (
+        "Over choosing by loss",
+        "score at the best λ minus score at the λ with the least held-out loss, with a paired interval. Since the best λ was "
+        "picked on the same questions, it leans upwards",
+    ),
     ("Area", "mean height of the curve over log λ by the trapezoid rule; λ = 0 counts as one step below the smallest positive λ"),
-    ("Discordant pair", "two λ of which the one with the worse loss scores better after fine-tuning; p-values are not corrected for the number of pairs"),
-    ("Correlation", "of held-out loss and score over λ, with its range when any one λ is left out; −1 would mean that loss alone orders the scores"),
-)  # fmt: skip
+    (
+        "Discordant pair",
+        "two λ of which the one with the worse loss scores better after fine-tuning; p-values are not corrected for the "
+        "number of pairs",
+    ),
+    (
+        "Correlation",
+        "of held-out loss and score over λ, with its range when any one λ is left out; −1 would mean that loss alone orders "
+        "the scores",
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -48,7 +64,15 @@ def _name(task: str) -> Entry:
 
 
 def _best(curves: Mapping[str, Mapping[str, Any]]) -> Table:
-    columns = {"task": False, "best λ": True, "range of choices": True, "score there %": True, "over choosing by loss, points": True, "area, score %": True, "area, gain": True}  # fmt: skip
+    columns = {
+        "task": False,
+        "best λ": True,
+        "range of choices": True,
+        "score there %": True,
+        "over choosing by loss, points": True,
+        "area, score %": True,
+        "area, gain": True,
+    }
     rows = []
     for task, curve in curves.items():
         best = curve["best"]
@@ -73,11 +97,21 @@ def _at(curve: Mapping[str, Any], weight_decay: float, quantity: str) -> Any:
 
 def _gains(curves: Mapping[str, Mapping[str, Any]], weight_decays: Sequence[float]) -> Table:
     columns = {"task": False, **{f"λ = {decay:g}": True for decay in weight_decays}}
-    return table(columns, [(_name(task), *(estimate_entry(_at(curve, d, "gain")) for d in weight_decays)) for task, curve in curves.items()])
+    return table(
+        columns,
+        [(_name(task), *(estimate_entry(_at(curve, d, "gain")) for d in weight_decays)) for task, curve in curves.items()],
+    )
 
 
 def _agreement(curves: Mapping[str, Mapping[str, Any]]) -> Table:
-    columns = {"task": False, "discordant pairs": True, "Pearson": True, "leaving one λ out": True, "Spearman": True, "leaving one λ out ": True}
+    columns = {
+        "task": False,
+        "discordant pairs": True,
+        "Pearson": True,
+        "leaving one λ out": True,
+        "Spearman": True,
+        "leaving one λ out ": True,
+    }
     rows = []
     for task, curve in curves.items():
         discordant = curve["discordant"]
@@ -85,13 +119,23 @@ def _agreement(curves: Mapping[str, Mapping[str, Any]]) -> Table:
         for name in ("pearson", "spearman"):
             correlation = curve["correlation"].get(name) or {}
             fields.append(decimals(correlation.get("value"), 2))
-            fields.append(f"{decimals(correlation['low'], 2)} to {decimals(correlation['high'], 2)}" if "low" in correlation else "–")
+            fields.append(
+                f"{decimals(correlation['low'], 2)} to {decimals(correlation['high'], 2)}" if "low" in correlation else "–"
+            )
         rows.append(fields)
     return table(columns, rows)
 
 
 def _discordant_pairs(curves: Mapping[str, Mapping[str, Any]]) -> Table:
-    columns = {"task": False, "λ with the better loss": True, "λ with the better score": True, "loss difference": True, "score difference, points": True, "p (bootstrap)": True, "p (sign test)": True}  # fmt: skip
+    columns = {
+        "task": False,
+        "λ with the better loss": True,
+        "λ with the better score": True,
+        "loss difference": True,
+        "score difference, points": True,
+        "p (bootstrap)": True,
+        "p (sign test)": True,
+    }
     rows = [
         (
             _name(task),
@@ -102,7 +146,7 @@ def _discordant_pairs(curves: Mapping[str, Mapping[str, Any]]) -> Table:
             _p_value(pair.get("bootstrap_p")),
             _p_value(pair.get("sign_p")),
         )
-        for task, curve in reversed(curves.items())
+        for task, curve in reversed(list(curves.items()))
         for pair in curve["discordant"]["discordant"]
     ]
     return table(columns, rows)

@@ -51,7 +51,7 @@ def sample_sets(tasks: Sequence[str], models: Sequence[BaseModel]) -> list[Sampl
             for model in models:
                 found = getattr(model, scores).get(task)
                 for example in found.examples if found else ():
-                    right, rows = asked.setdefault(str(example.get("prompt", "")), (str(example.get("answer", "")), []))
+                    _right, rows = asked.setdefault(str(example.get("prompt", "")), (str(example.get("answer", "")), []))
                     rows.append(_answer(f"{model.weight_decay:g}", stage, example))
         questions = [Question(shorten(prompt, _LONGEST_PROMPT), right, tuple(rows)) for prompt, (right, rows) in asked.items()]
         if questions:

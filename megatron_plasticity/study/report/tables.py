@@ -49,7 +49,10 @@ def table(columns: Mapping[str, bool], rows: Iterable[Sequence[Entry | str]]) ->
 
 def decimals(value: float | None, digits: int = 3) -> str:
     """A number with a fixed count of decimals and a true minus sign; `–` for a missing one."""
-    return "–" if value is None else f"{value:.{digits}f}".replace("-", "−")
+    if value is None:
+        return "–"
+    rounded = round(value, digits) + 0.0  # no "−0.0"
+    return f"{rounded:.{digits}f}".replace("-", "−")
 
 
 def percent(value: float | None) -> str:
@@ -68,7 +71,16 @@ def estimate_entry(found: Estimate | None, *, share: bool = True, digits: int = 
 
 def model_table(models: Sequence[BaseModel]) -> Table:
     """Loss of each base model."""
-    columns = {"λ": True, "AdamW timescale": True, "held-out loss": True, "seen loss": True, "train–validation gap": True, "steps": True, "tokens": True, "state": False}  # fmt: skip
+    columns = {
+        "λ": True,
+        "AdamW timescale": True,
+        "held-out loss": True,
+        "seen loss": True,
+        "train–validation gap": True,
+        "steps": True,
+        "tokens": True,
+        "state": False,
+    }
     rows = []
     for model in models:
         results = model.pretrain.results
@@ -118,7 +130,15 @@ def cell_table(cells: Sequence[Cell]) -> Table:
     return table(
         columns,
         [
-            (cell.id, cell.kind, f"{cell.weight_decay:g}", cell.task or "", Entry(cell.status, look=cell.status), duration(cell.seconds), cell.reason or "")
+            (
+                cell.id,
+                cell.kind,
+                f"{cell.weight_decay:g}",
+                cell.task or "",
+                Entry(cell.status, look=cell.status),
+                duration(cell.seconds),
+                cell.reason or "",
+            )
             for cell in cells
         ],
     )
@@ -136,8 +156,35 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-CELL_COLUMNS = ("id", "kind", "status", "reason", "weight_decay", "adamw_timescale", "task", "parent", "folder", "seconds", "held_out_loss", "train_loss", "point")  # fmt: skip
-SCORE_COLUMNS = ("group", "weight_decay", "adamw_timescale", "task", "model", "metric", "value", "low", "high", "questions", "chance", "cell")
+CELL_COLUMNS = (
+    "id",
+    "kind",
+    "status",
+    "reason",
+    "weight_decay",
+    "adamw_timescale",
+    "task",
+    "parent",
+    "folder",
+    "seconds",
+    "held_out_loss",
+    "train_loss",
+    "point",
+)
+SCORE_COLUMNS = (
+    "group",
+    "weight_decay",
+    "adamw_timescale",
+    "task",
+    "model",
+    "metric",
+    "value",
+    "low",
+    "high",
+    "questions",
+    "chance",
+    "cell",
+)
 
 
 def cell_records(results: StudyResults) -> list[dict[str, Any]]:

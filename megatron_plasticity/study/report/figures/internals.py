@@ -23,7 +23,9 @@ _LEAST_SINGULAR = 1e-6
 """What lies below it, relative to the largest singular value, is rounding."""
 
 
-def probe_figure(title: str, accuracies: Mapping[float, Sequence[Sequence[float]]], points: Sequence[str], chance: float, palette: Palette) -> Figure:
+def probe_figure(
+    title: str, accuracies: Mapping[float, Sequence[Sequence[float]]], points: Sequence[str], chance: float, palette: Palette
+) -> Figure:
     """Probe accuracy in per cent per layer, one line per λ: the mean over seeds, thin whiskers from the least to the greatest.
 
     `accuracies` is λ → [layer point][seed].
@@ -53,12 +55,17 @@ def _point_label(point: str) -> str:
 
 
 def pseudo_rank_figure(matrix: str, ranks: Mapping[float, Sequence[float]], highest: float, axis: WeightDecayAxis) -> Figure:
-    """Pseudo-rank (mean over heads) against λ: one thin line per layer, the deeper the darker, the mean over layers bold. `ranks` is λ → [layer]."""
+    """Pseudo-rank (mean over heads) against λ: one thin line per layer, the deeper the darker, the mean over layers bold.
+
+    `ranks` is λ → [layer].
+    """
     figure, axes = panel(380, 270)
     decays = list(ranks)
     layers = max((len(values) for values in ranks.values()), default=0)
     for layer in range(layers):
-        axis.line(axes, decays, [ranks[d][layer] for d in decays], color=MUTED, linewidth=0.9, alpha=0.25 + 0.75 * (layer + 1) / layers)
+        axis.line(
+            axes, decays, [ranks[d][layer] for d in decays], color=MUTED, linewidth=0.9, alpha=0.25 + 0.75 * (layer + 1) / layers
+        )
     axis.line(axes, decays, [float(np.mean(ranks[d])) for d in decays], color=INK, linewidth=2.4, marker="o", markersize=5)
     axes.set_ylim(0, 1.05 * highest)
     axes.set_title(f"{MATRIX_NAMES[matrix]}: pseudo-rank")
@@ -68,10 +75,15 @@ def pseudo_rank_figure(matrix: str, ranks: Mapping[float, Sequence[float]], high
 
 
 def spectrum_figure(matrix: str, layer: int, spectra: Mapping[float, Sequence[float]], least: float, palette: Palette) -> Figure:
-    """Singular values relative to the largest, mean over heads, one line per λ, logarithmic down to `least` (one scale for all layers)."""
+    """Singular values relative to the largest, mean over heads, one line per λ.
+
+    Logarithmic down to `least`, which gives all layers one scale.
+    """
     figure, axes = panel(260, 210, left=66)
     for decay, values in spectra.items():
-        axes.plot(range(1, len(values) + 1), [value if value > 0 else np.nan for value in values], color=palette[decay], linewidth=1.5)
+        axes.plot(
+            range(1, len(values) + 1), [value if value > 0 else np.nan for value in values], color=palette[decay], linewidth=1.5
+        )
     axes.set_yscale("log")
     axes.set_ylim(bottom=max(least / 1.3, _LEAST_SINGULAR), top=1.3)
     decades = math.ceil(-math.log10(max(least / 1.3, _LEAST_SINGULAR)))
@@ -87,7 +99,7 @@ def spectrum_figure(matrix: str, layer: int, spectra: Mapping[float, Sequence[fl
 
 
 def attention_map_figure(title: str, example: Mapping[str, Any]) -> Figure:
-    """One head's attention weights (query down, key across) as shades; shade is the square root of the weight over its maximum."""
+    """One head's attention weights (query down, key across); the shade is the square root of the weight over its maximum."""
     weights = np.asarray(example["weights"], dtype=float)
     tokens = [printable(str(token)).replace(" ", "·") for token in example["tokens"]]
     figure, axes = panel(210, 226, left=46, right=4, top=22, bottom=46)

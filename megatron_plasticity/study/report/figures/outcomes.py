@@ -23,31 +23,42 @@ def loss_figure(models: Sequence[BaseModel], palette: Palette, axis: WeightDecay
         axes.plot([axis(decay)], [loss], "o", color=palette[decay], markersize=7, markeredgecolor=SURFACE)
     if points:
         best = min(points, key=points.__getitem__)
-        axes.plot([axis(best)], [points[best]], "o", markersize=14, markerfacecolor="none", markeredgecolor=ACCENT, markeredgewidth=1.6)
+        axes.plot(
+            [axis(best)], [points[best]], "o", markersize=14, markerfacecolor="none", markeredgecolor=ACCENT, markeredgewidth=1.6
+        )
         low, high = min(points.values()), max(points.values())
         margin = (high - low or 0.1) * 0.12
         axes.set_ylim(low - 2.2 * margin, high + margin)
         axes.annotate(
-            f"least loss: λ = {best:g}, {points[best]:.3f}", (axis(best), points[best]), xytext=(0, -13), textcoords="offset points",
-            ha=_side(axes, axis, best), va="top", color=ACCENT,
-        )  # fmt: skip
+            f"least loss: λ = {best:g}, {points[best]:.3f}",
+            (axis(best), points[best]),
+            xytext=(0, -13),
+            textcoords="offset points",
+            ha=_side(axis, best),
+            va="top",
+            color=ACCENT,
+        )
     axes.set_ylabel("held-out loss (nats per token)")
     axis.draw(axes, {model.weight_decay: model.pretrain.adamw_timescale for model in models}, width=380)
     return figure
 
 
-def _side(axes: Axes, axis: WeightDecayAxis, weight_decay: float) -> str:
+def _side(axis: WeightDecayAxis, weight_decay: float) -> str:
     """Alignment that keeps a label of the point inside the axes."""
     low, high = axis.limits
     share = (axis(weight_decay) - low) / (high - low)
     return "left" if share < 0.25 else "right" if share > 0.75 else "center"
 
 
-def task_figure(task: str, models: Sequence[BaseModel], palette: Palette, axis: WeightDecayAxis, metric: str = "greedy") -> Figure:
+def task_figure(
+    task: str, models: Sequence[BaseModel], palette: Palette, axis: WeightDecayAxis, metric: str = "greedy"
+) -> Figure:
     """Score of one task in per cent against λ: base model dashed, fine-tuned solid, 95 % intervals, chance dotted."""
     figure, axes = panel(320, 240, left=50, right=46)
     base = {m.weight_decay: m.base_scores[task].metrics[metric] for m in models if metric in _metrics(m.base_scores, task)}
-    tuned = {m.weight_decay: m.finetuned_scores[task].metrics[metric] for m in models if metric in _metrics(m.finetuned_scores, task)}
+    tuned = {
+        m.weight_decay: m.finetuned_scores[task].metrics[metric] for m in models if metric in _metrics(m.finetuned_scores, task)
+    }
     _estimates(axes, axis, base, palette, style="--", filled=False)
     _estimates(axes, axis, tuned, palette, style="-", filled=True)
     scores = [s for m in models for s in (m.base_scores.get(task), m.finetuned_scores.get(task)) if s]
@@ -74,15 +85,36 @@ def _metrics(scores: Mapping, task: str) -> Mapping[str, Estimate]:
 
 
 def _estimates(
-    axes: Axes, axis: WeightDecayAxis, estimates: Mapping[float, Estimate], palette: Palette, *, style: str, filled: bool, scale: float = 100.0
+    axes: Axes,
+    axis: WeightDecayAxis,
+    estimates: Mapping[float, Estimate],
+    palette: Palette,
+    *,
+    style: str,
+    filled: bool,
+    scale: float = 100.0,
 ) -> None:
     decays = list(estimates)
-    axis.line(axes, decays, [scale * estimates[d].value for d in decays], style=style, color=MUTED, linewidth=1.4 if filled else 1.1)
+    axis.line(
+        axes, decays, [scale * estimates[d].value for d in decays], style=style, color=MUTED, linewidth=1.4 if filled else 1.1
+    )
     for decay, estimate in estimates.items():
         if estimate.low is not None and estimate.high is not None:
-            axes.plot([axis(decay)] * 2, [scale * estimate.low, scale * estimate.high], color=palette[decay], linewidth=1.6 if filled else 1.0)
+            axes.plot(
+                [axis(decay)] * 2,
+                [scale * estimate.low, scale * estimate.high],
+                color=palette[decay],
+                linewidth=1.6 if filled else 1.0,
+            )
         face = palette[decay] if filled else SURFACE
-        axes.plot([axis(decay)], [scale * estimate.value], "o", color=palette[decay], markerfacecolor=face, markersize=6 if filled else 5)
+        axes.plot(
+            [axis(decay)],
+            [scale * estimate.value],
+            "o",
+            color=palette[decay],
+            markerfacecolor=face,
+            markersize=6 if filled else 5,
+        )
 
 
 def rank_figure(losses: Mapping[float, float], scores: Mapping[float, float], palette: Palette) -> Figure:
@@ -94,8 +126,22 @@ def rank_figure(losses: Mapping[float, float], scores: Mapping[float, float], pa
         left, right = by_loss.index(decay), by_score.index(decay)
         axes.plot([0, 1], [left, right], color=palette[decay], linewidth=2.6, solid_capstyle="round")
         axes.plot([0, 1], [left, right], "o", color=palette[decay], markersize=8, markeredgecolor=SURFACE)
-        axes.annotate(f"{left + 1}{_GAP}λ = {decay:g}{_GAP}{losses[decay]:.3f}", (0, left), xytext=(-10, 0), textcoords="offset points", ha="right", va="center")
-        axes.annotate(f"{100 * scores[decay]:.1f} %{_GAP}λ = {decay:g}{_GAP}{right + 1}", (1, right), xytext=(10, 0), textcoords="offset points", ha="left", va="center")  # fmt: skip
+        axes.annotate(
+            f"{left + 1}{_GAP}λ = {decay:g}{_GAP}{losses[decay]:.3f}",
+            (0, left),
+            xytext=(-10, 0),
+            textcoords="offset points",
+            ha="right",
+            va="center",
+        )
+        axes.annotate(
+            f"{100 * scores[decay]:.1f} %{_GAP}λ = {decay:g}{_GAP}{right + 1}",
+            (1, right),
+            xytext=(10, 0),
+            textcoords="offset points",
+            ha="left",
+            va="center",
+        )
     axes.set_ylim(len(by_loss) - 0.4, -0.9)
     axes.set_xlim(-0.75, 1.75)
     axes.text(0, -0.62, "rank by held-out loss", ha="center", color=MUTED)

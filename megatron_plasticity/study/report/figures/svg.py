@@ -1,7 +1,7 @@
 """matplotlib figures as small inline SVGs: text stays text, colours follow the page's scheme, ids never clash.
 
-Figures are drawn in fixed marker colours (`INK`, `MUTED`, … and one colour per λ), which are replaced here by CSS variables; so the same SVG reads well
-on a light page, on a dark one and on paper. One unit of a figure is one CSS pixel.
+Figures are drawn in fixed marker colours (`INK`, `MUTED`, … and one colour per λ), which are replaced here by CSS variables; so
+the same SVG reads well on a light page, on a dark one and on paper. One unit of a figure is one CSS pixel.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -22,7 +23,7 @@ from matplotlib.figure import Figure
 INK, MUTED, GRID, ACCENT, SURFACE = "#101112", "#606162", "#d0d1d2", "#b0301f", "#fdfdfe"
 _SCHEME = {INK: "var(--ink)", MUTED: "var(--muted)", GRID: "var(--grid)", ACCENT: "var(--accent)", SURFACE: "var(--surface)"}
 _SVG, _XLINK = "http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,  # a "$" in a token or a name is a dollar sign
     "axes.unicode_minus": True,
@@ -102,7 +103,9 @@ def render(figure: Figure, name: str, description: str, palette: Palette) -> str
     """The figure as an `<svg>` element. `name` is unique on the page; `description` is its text for screen readers."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": name}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+        figure.savefig(
+            buffer, format="svg", transparent=True, metadata={"Date": None, "Creator": None, "Format": None, "Type": None}
+        )
     root = ElementTree.fromstring(buffer.getvalue())
     for child in list(root):
         if child.tag == f"{{{_SVG}}}metadata":
@@ -117,7 +120,10 @@ def render(figure: Figure, name: str, description: str, palette: Palette) -> str
 
 
 def _rename_ids(root: ElementTree.Element, prefix: str) -> None:
-    """Give every id that is referred to the figure's own prefix, and drop the others: matplotlib numbers them alike in each figure."""
+    """Give every id that is referred to the figure's own prefix, and drop the others.
+
+    matplotlib numbers them alike in each figure.
+    """
     texts = [value for element in root.iter() for value in element.attrib.values()]
     referred = {found for text in texts for found in re.findall(r"url\(#([^)]+)\)", text)}
     referred |= {element.get(f"{{{_XLINK}}}href", "").removeprefix("#") for element in root.iter()}

@@ -15,7 +15,7 @@ _MOST_POINTS = 200
 
 
 def curve_figure(title: str, unit: str, curves: Mapping[float, Series], palette: Palette) -> Figure:
-    """One metric over the steps, one line per λ. A logarithmic axis where the values are positive and span more than a factor 20."""
+    """One metric over the steps, one line per λ; logarithmic where the values are positive and span more than a factor 20."""
     figure, axes = panel(320, 230)
     values = [value for series in curves.values() for value in series.values if math.isfinite(value)]
     for decay, series in curves.items():
