@@ -29,17 +29,45 @@ class Verb:
 
 VERBS = (
     Verb(("study", "run"), verbs.study_run, "run everything of a study that is not done yet", "configs/studies/quickstart.yaml"),
-    Verb(("study", "plan"), verbs.study_plan, "print the runs of a study without starting any", "configs/studies/quickstart.yaml"),
+    Verb(
+        ("study", "plan"), verbs.study_plan, "print the runs of a study without starting any", "configs/studies/quickstart.yaml"
+    ),
     Verb(("study", "status"), verbs.study_status, "how far each run of a study is", "runs/quickstart", "folder"),
     Verb(("study", "report"), verbs.study_report, "write the report of a study", "runs/quickstart", "folder"),
-    Verb(("data", "prepare"), verbs.data_prepare, "build a corpus: text, tokenizer, token files", "configs/corpora/quickstart.yaml"),
+    Verb(
+        ("data", "prepare"), verbs.data_prepare, "build a corpus: text, tokenizer, token files", "configs/corpora/quickstart.yaml"
+    ),
     Verb(("pretrain",), verbs.pretrain, "pretrain one model", "configs/runs/llama2-debug.yaml optimizer.weight_decay=0.5"),
-    Verb(("finetune",), verbs.finetune, "fine-tune a model on one task", "configs/finetune/debug.yaml base=runs/pretrain-llama2-debug-HASH"),
-    Verb(("evaluate",), verbs.evaluate, "ask a model the test questions of some tasks", "configs/evaluate/debug.yaml run=runs/FOLDER"),
-    Verb(("analyze", "probes"), verbs.analyze_probes, "linear probes of every layer", "configs/analyze/probes.yaml run=runs/FOLDER"),
-    Verb(("analyze", "attention"), verbs.analyze_attention, "spectra of the attention matrices", "configs/analyze/attention.yaml run=runs/FOLDER"),
-    Verb(("analyze", "overfitting"), verbs.analyze_overfitting, "train–validation gap", "configs/analyze/overfitting.yaml run=runs/FOLDER"),
-    Verb(("mlflow", "sync"), verbs.mlflow_sync, "bring MLflow up to date with a run or study folder", "runs/quickstart", "folder"),
+    Verb(
+        ("finetune",),
+        verbs.finetune,
+        "fine-tune a model on one task",
+        "configs/finetune/debug.yaml base=runs/pretrain-llama2-debug-HASH",
+    ),
+    Verb(
+        ("evaluate",),
+        verbs.evaluate,
+        "ask a model the test questions of some tasks",
+        "configs/evaluate/debug.yaml run=runs/FOLDER",
+    ),
+    Verb(
+        ("analyze", "probes"), verbs.analyze_probes, "linear probes of every layer", "configs/analyze/probes.yaml run=runs/FOLDER"
+    ),
+    Verb(
+        ("analyze", "attention"),
+        verbs.analyze_attention,
+        "spectra of the attention matrices",
+        "configs/analyze/attention.yaml run=runs/FOLDER",
+    ),
+    Verb(
+        ("analyze", "overfitting"),
+        verbs.analyze_overfitting,
+        "train–validation gap",
+        "configs/analyze/overfitting.yaml run=runs/FOLDER",
+    ),
+    Verb(
+        ("mlflow", "sync"), verbs.mlflow_sync, "bring MLflow up to date with a run or study folder", "runs/quickstart", "folder"
+    ),
 )
 
 
@@ -84,7 +112,9 @@ def _parser() -> argparse.ArgumentParser:
         else:
             if verb.words[0] not in groups:
                 group = top.add_parser(verb.words[0])
-                groups[verb.words[0]] = group.add_subparsers(dest="subcommand", metavar="COMMAND", required=True, prog=f"{PROGRAM} {verb.words[0]}")
+                groups[verb.words[0]] = group.add_subparsers(
+                    dest="subcommand", metavar="COMMAND", required=True, prog=f"{PROGRAM} {verb.words[0]}"
+                )
             parent = groups[verb.words[0]]
         _add(parent, verb)
     return parser

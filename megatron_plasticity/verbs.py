@@ -48,8 +48,12 @@ def pretrain(arguments: Namespace) -> None:
         timescale = adamw_timescale(config.optimizer.learning_rate, config.weight_decay, config.total_steps)
         _print_config(config)
         print(f"parameters: {count.total:,} ({count.non_embedding:,} without embeddings)")
-        print(f"steps: {config.total_steps:,} of {config.tokens_per_step:,} tokens, {config.total_steps * config.tokens_per_step:,} in all")
-        print(f"weight decay: {config.weight_decay:g}, AdamW timescale {'∞' if timescale is None else f'{timescale:.3g}'} of the run")
+        print(
+            f"steps: {config.total_steps:,} of {config.tokens_per_step:,} tokens, {config.total_steps * config.tokens_per_step:,} in all"
+        )
+        print(
+            f"weight decay: {config.weight_decay:g}, AdamW timescale {'∞' if timescale is None else f'{timescale:.3g}'} of the run"
+        )
         return
     from megatron_plasticity.training.pretrain import pretrain, pretrain_folder
 
@@ -204,7 +208,9 @@ def mlflow_sync(arguments: Namespace) -> None:
 
     folder: Path = arguments.folder
     is_study = (folder / "study.json").is_file()
-    mirror = MlflowMirror(folder if is_study else folder.parent, experiment=folder.name if is_study else folder.resolve().parent.name)
+    mirror = MlflowMirror(
+        folder if is_study else folder.parent, experiment=folder.name if is_study else folder.resolve().parent.name
+    )
     mirror.sync(folder)
     print(f"{folder} is in MLflow at {mirror.shown_uri}")
 
@@ -270,4 +276,3 @@ def _finish(folder: RunFolder, numbers: tuple[str, ...]) -> None:
     for name in numbers:
         print(f"{name} {results[name]:.4f}")
     print(folder.path)
-

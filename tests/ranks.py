@@ -73,7 +73,9 @@ def _gather(readers: list[Connection], deadline: float, log: Path) -> list[Any]:
             assert worked, f"rank {rank}:\n{value}"
             results[rank] = value
             reader.send("received")
-        assert time.monotonic() < deadline, f"ranks {sorted(set(range(len(readers))) - set(results))} hang; log:\n{log.read_text()[-3000:]}"
+        assert time.monotonic() < deadline, (
+            f"ranks {sorted(set(range(len(readers))) - set(results))} hang; log:\n{log.read_text()[-3000:]}"
+        )
     return [results[rank] for rank in range(len(readers))]
 
 

@@ -58,7 +58,9 @@ def _add(ours: dict[str, Any], raw: dict[str, Any], path: str) -> dict[str, Any]
         if isinstance(present, dict) and isinstance(value, dict):
             merged[key] = _add(present, value, f"{path}.{key}")
         elif key in ours or key in _RESERVED:
-            raise ConfigError(f"{path}.{key}: decided by our own fields (optimizer, batch, engine); remove it from the raw DeepSpeed block")
+            raise ConfigError(
+                f"{path}.{key}: decided by our own fields (optimizer, batch, engine); remove it from the raw DeepSpeed block"
+            )
         else:
             merged[key] = value
     return merged

@@ -49,7 +49,11 @@ def read_yaml(path: Path, _including: tuple[Path, ...] = ()) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         asked_by = f" (named by `extends` in {_including[-1]})" if _including else ""
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1) if path.parent.is_dir() else []
+        near = (
+            difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.yaml")], n=1)
+            if path.parent.is_dir()
+            else []
+        )
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise ConfigError(f"{path}: no such config file{asked_by}{hint}") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import os
 import platform
 from collections import Counter, defaultdict
 from collections.abc import Iterator
@@ -59,6 +60,7 @@ def prepare(config: CorpusConfig, progress: Progress | None = None) -> Path:
                 f"{folder}: in the way of the corpus, and not one itself (it has no {MANIFEST_FILE}). {_advice(folder)}"
             )
         read_manifest(folder)
+        _point_name_at(folder, config.name)
         return folder
     documents, sources, notes = _collect(config, progress)
     splits = _split(documents, config)
@@ -91,7 +93,22 @@ def prepare(config: CorpusConfig, progress: Progress | None = None) -> Path:
             write_json_atomic(building / MANIFEST_FILE, manifest)
     except OSError as error:
         raise UserError(f"{folder}: cannot write the corpus: {error}; nothing was left half-written") from error
+    _point_name_at(folder, config.name)
     return folder
+
+
+def _point_name_at(folder: Path, name: str) -> None:
+    """Let `<output>/<name>` lead to the corpus that was prepared last, so that a config can name it without its hash.
+
+    What a run was trained on stays certain: the hash of the manifest enters the run's own.
+    """
+    link = folder.parent / name
+    if link.exists() and not link.is_symlink():
+        _log.warning("%s is in the way of a link to %s; name the corpus by its full folder", link, folder.name)
+        return
+    temporary = folder.parent / f".{name}.{os.getpid()}.tmp"
+    temporary.symlink_to(folder.name, target_is_directory=True)
+    os.replace(temporary, link)
 
 
 def read_manifest(folder: Path, full: bool = False) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from megatron_plasticity.data.reviews import draw_review
 SOURCE = "reasoning"
 
 # Shares of the documents by what they are mostly about.
-_WEIGHTS = {"facts": 6, "categories": 3, "arithmetic": 3, "algebra": 3, "trials": 3, "passage": 3, "steps": 3, "reviews": 1}
+_WEIGHTS = {"facts": 8, "categories": 4, "arithmetic": 3, "algebra": 2, "trials": 1, "passage": 4, "steps": 3, "reviews": 1}
 _WORDS = (40, 90)
 _THINGS = 4
 

@@ -19,7 +19,9 @@ def deepspeed_command(verb: str, config: Path, processes: int, overrides: Sequen
     launcher = Path(sys.executable).with_name("deepspeed")
     found = str(launcher) if launcher.is_file() else shutil.which("deepspeed")
     if found is None:
-        raise UserError("the `deepspeed` launcher is not beside this Python nor on PATH; install the project with `pip install -e .`")
+        raise UserError(
+            "the `deepspeed` launcher is not beside this Python nor on PATH; install the project with `pip install -e .`"
+        )
     return [
         # The launcher's own shebang may name a Python of an environment that was moved.
         sys.executable, found, "--num_gpus", str(processes), "--master_port", str(_free_port()),

@@ -57,11 +57,15 @@ class CheckpointFolder:
             with _opened(file) as shard:
                 found |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118  (not a dict)
         if not found:
-            raise CheckpointError(f"{self.path}: holds no {group!r} tensors; training cannot go on from a checkpoint without them")
+            raise CheckpointError(
+                f"{self.path}: holds no {group!r} tensors; training cannot go on from a checkpoint without them"
+            )
         expected = parameter_shapes(self.model)
         wrong = sorted(name for name in {*found, *expected} if name not in found or found[name].shape != expected.get(name))
         if wrong:
-            raise CheckpointError(f"{self.path}: {group} do not fit {MODEL_FILE}: {', '.join(wrong[:5])}{' …' if len(wrong) > 5 else ''}")
+            raise CheckpointError(
+                f"{self.path}: {group} do not fit {MODEL_FILE}: {', '.join(wrong[:5])}{' …' if len(wrong) > 5 else ''}"
+            )
         return found
 
     def build_model(self, device: torch.device) -> Transformer:
@@ -72,7 +76,9 @@ class CheckpointFolder:
         return model.to(device).eval()
 
 
-def save_checkpoint(path: Path, model: ModelConfig, trainer: dict[str, Any], groups: dict[str, Iterable[tuple[str, Tensor]]]) -> None:
+def save_checkpoint(
+    path: Path, model: ModelConfig, trainer: dict[str, Any], groups: dict[str, Iterable[tuple[str, Tensor]]]
+) -> None:
     """Write `groups` (name → pairs of parameter name and whole fp32 tensor, consumed one at a time) and what belongs to them.
 
     `trainer` must hold "step". An existing folder at `path` is replaced only once the new one is complete.
@@ -157,7 +163,9 @@ def _check_files(path: Path, verify: bool) -> None:
         if not file.is_file():
             raise CheckpointError(f"{path}: {name} is missing; the checkpoint is damaged, use an earlier step-N folder")
         if file.stat().st_size != facts["bytes"] or (verify and sha256_file(file) != facts["sha256"]):
-            raise CheckpointError(f"{path}: {name} is not what was written (size or SHA-256 differs); use an earlier step-N folder")
+            raise CheckpointError(
+                f"{path}: {name} is not what was written (size or SHA-256 differs); use an earlier step-N folder"
+            )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -124,13 +124,17 @@ def _selection(shapes: Mapping[str, tuple[int, ...]], decay: DecayConfig) -> dic
     for rule in decay.patterns:
         matches = [name for name in shapes if fnmatchcase(name, rule.pattern)]
         if not matches:
-            raise ConfigError(f"optimizer.decay.patterns: {rule.pattern!r} matches no parameter; names look like {next(iter(shapes))!r}")
+            raise ConfigError(
+                f"optimizer.decay.patterns: {rule.pattern!r} matches no parameter; names look like {next(iter(shapes))!r}"
+            )
         for name in matches:
             chosen.setdefault(name, rule.decay)
     forgotten = [name for name in shapes if name not in chosen]
     if forgotten:
         raise ConfigError(
-            "optimizer.decay.patterns: no pattern names " + ", ".join(_folded(forgotten)) + "; end the list with {pattern: '*', decay: …}"
+            "optimizer.decay.patterns: no pattern names "
+            + ", ".join(_folded(forgotten))
+            + "; end the list with {pattern: '*', decay: …}"
         )
     return chosen
 

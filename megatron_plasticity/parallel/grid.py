@@ -57,7 +57,9 @@ def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
-        raise UserError("device: cuda was asked for, but torch sees no CUDA device; use device=cpu, or install a CUDA build of torch")
+        raise UserError(
+            "device: cuda was asked for, but torch sees no CUDA device; use device=cpu, or install a CUDA build of torch"
+        )
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 

@@ -43,7 +43,9 @@ class StudyDisplay:
 
             self._live = Live(console=Console(file=self._stream), refresh_per_second=4)
             self._live.start()
-        self._say(f"study {self._plan.config.name}: {self._total} runs, {self._done_count} of them done before; folder {self._plan.folder}")
+        self._say(
+            f"study {self._plan.config.name}: {self._total} runs, {self._done_count} of them done before; folder {self._plan.folder}"
+        )
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -77,10 +79,14 @@ class StudyDisplay:
 
         table = Table.grid(padding=(0, 2))
         share = self._done_count / max(1, self._total)
-        table.add_row("study", ProgressBar(total=1.0, completed=share, width=30), f"{self._done_count}/{self._total} runs{_left_text(left)}")
+        table.add_row(
+            "study", ProgressBar(total=1.0, completed=share, width=30), f"{self._done_count}/{self._total} runs{_left_text(left)}"
+        )
         for cell, state in states:
             progress = state.progress or {}
-            bar = ProgressBar(total=max(1e-9, float(progress.get("total", 1))), completed=float(progress.get("done", 0)), width=30)
+            bar = ProgressBar(
+                total=max(1e-9, float(progress.get("total", 1))), completed=float(progress.get("done", 0)), width=30
+            )
             table.add_row(f"  {cell.id}", bar, _progress_text(state))
         return Group(table)
 

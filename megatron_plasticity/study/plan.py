@@ -87,13 +87,17 @@ def check_study(config: StudyConfig) -> list[PretrainConfig]:
         except ConfigError as error:
             problems.append(str(error))
     names = [base.name for base in bases]
-    problems += [f"axes: two points of the grid are both called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})]
+    problems += [
+        f"axes: two points of the grid are both called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})
+    ]
     if config.finetune and bases and config.finetune.max_length > bases[0].model.context_length:
         problems.append(
             f"finetune.max_length={config.finetune.max_length} exceeds base.model.context_length={bases[0].model.context_length}"
         )
     if config.evaluate and config.finetune and config.evaluate.template != config.finetune.template:
-        problems.append("evaluate.template differs from finetune.template: the models would be asked in a form they were not taught")
+        problems.append(
+            "evaluate.template differs from finetune.template: the models would be asked in a form they were not taught"
+        )
     if problems:
         raise ConfigError(f"study {config.name}:\n" + "\n".join(f"  {problem}" for problem in dict.fromkeys(problems)))
     return bases
@@ -127,19 +131,39 @@ def _descendants(
     if analyses.probes:
         yield _cell("probes", base.name, ProbesConfig(**analyses.probes.model_dump(), **of_base), inputs, pretrain, **common)
     if analyses.attention:
-        yield _cell("attention", base.name, AttentionConfig(**analyses.attention.model_dump(), **of_base), inputs, pretrain, **common)
+        yield _cell(
+            "attention", base.name, AttentionConfig(**analyses.attention.model_dump(), **of_base), inputs, pretrain, **common
+        )
     if analyses.overfitting:
-        yield _cell("overfitting", base.name, OverfittingConfig(**analyses.overfitting.model_dump(), **of_base), inputs, pretrain, **common)
+        yield _cell(
+            "overfitting",
+            base.name,
+            OverfittingConfig(**analyses.overfitting.model_dump(), **of_base),
+            inputs,
+            pretrain,
+            **common,
+        )
     if not config.tasks:
         return
     assert config.finetune is not None  # check_study
     assert config.evaluate is not None
-    yield _cell("evaluate", base.name, EvaluateConfig(**config.evaluate.model_dump(), tasks=config.tasks, **of_base), inputs, pretrain, **common)
+    yield _cell(
+        "evaluate",
+        base.name,
+        EvaluateConfig(**config.evaluate.model_dump(), tasks=config.tasks, **of_base),
+        inputs,
+        pretrain,
+        **common,
+    )
     for task in config.tasks:
         finetune = _finetune_cell(config, base, pretrain, task, common)
         yield finetune
         evaluation = EvaluateConfig(
-            **config.evaluate.model_dump(), tasks=(task,), name=finetune.config.name, output=study_folder(config), run=finetune.folder
+            **config.evaluate.model_dump(),
+            tasks=(task,),
+            name=finetune.config.name,
+            output=study_folder(config),
+            run=finetune.folder,
         )
         yield _cell("evaluate", evaluation.name, evaluation, {"model": _hash_of(finetune)}, finetune, task=task.name, **common)
 
@@ -156,7 +180,14 @@ def _finetune_cell(
 
 
 def _cell(
-    kind: str, name: str, config: Any, inputs: dict[str, str], parent: PlannedCell | None = None, *, task: str | None = None, **common: Any
+    kind: str,
+    name: str,
+    config: Any,
+    inputs: dict[str, str],
+    parent: PlannedCell | None = None,
+    *,
+    task: str | None = None,
+    **common: Any,
 ) -> PlannedCell:
     folder = config.output / f"{kind}-{name}-{config_hash(config, **inputs)}"
     return PlannedCell(f"{kind}-{name}", kind, config, folder, parent=parent.id if parent else None, task=task, **common)

@@ -32,7 +32,13 @@ class TrainingMetrics(Callback):
     """Loss, learning rate, decay, gradient norm and speed, every `every_steps` steps; and the sign of life."""
 
     def __init__(
-        self, engine: TrainingEngine, total_steps: int, every_steps: int, write: WriteRow, progress: Progress, sequence_length: int
+        self,
+        engine: TrainingEngine,
+        total_steps: int,
+        every_steps: int,
+        write: WriteRow,
+        progress: Progress,
+        sequence_length: int,
     ) -> None:
         self._engine, self._total, self._every, self._write, self._progress = engine, total_steps, every_steps, write, progress
         self._flops_per_token = flops_per_token(engine.model.config, sequence_length)
@@ -142,7 +148,13 @@ class Capture(Callback):
     """Dumps activations on fixed probe sequences at the configured steps into `folder`."""
 
     def __init__(
-        self, engine: TrainingEngine, config: CaptureConfig, inputs: Tensor, total_steps: int, folder: Path, identity: dict[str, object]
+        self,
+        engine: TrainingEngine,
+        config: CaptureConfig,
+        inputs: Tensor,
+        total_steps: int,
+        folder: Path,
+        identity: dict[str, object],
     ) -> None:
         """`inputs` [sequences, S] int64. Raises UserError for a hook point that does not exist or a step after the last."""
         late = [step for step in config.steps if step > total_steps]

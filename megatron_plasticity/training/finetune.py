@@ -19,6 +19,7 @@ from megatron_plasticity.tracking.trained_model import TrainedModel
 from megatron_plasticity.training.batches import FinetuneBatches
 from megatron_plasticity.training.session import held, training_session
 
+
 def finetune(config: FinetuneConfig, progress: Progress) -> RunFolder:
     """Fine-tune (or go on, or do nothing if it is done); returns the run folder. Every rank of the launch calls it."""
     base = TrainedModel.open(config.base)

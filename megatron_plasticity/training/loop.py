@@ -43,9 +43,7 @@ class Callback:
         """The run was asked to stop after `step` steps: save what must not be lost."""
 
 
-def train(
-    engine: TrainingEngine, batches: Batches, start_step: int, callbacks: Sequence[Callback], stop: StopSignal
-) -> None:
+def train(engine: TrainingEngine, batches: Batches, start_step: int, callbacks: Sequence[Callback], stop: StopSignal) -> None:
     """Run steps `start_step` … `batches.steps` − 1 on every rank. Raises Interrupted after a stop signal, with everything saved."""
     optimizer, schedule = engine.recipe.optimizer, engine.recipe.schedule
     for step in range(start_step, batches.steps):

@@ -61,7 +61,11 @@ def create_state(engine: Any) -> None:
 
 
 def restore(
-    engine: Any, parameters: dict[str, nn.Parameter], weights: dict[str, Tensor], moments: dict[Moment, dict[str, Tensor]], step: int
+    engine: Any,
+    parameters: dict[str, nn.Parameter],
+    weights: dict[str, Tensor],
+    moments: dict[Moment, dict[str, Tensor]],
+    step: int,
 ) -> None:
     """Put master weights and moments [whole, fp32, by name] and Adam's step count into the optimizer, after `create_state`.
 

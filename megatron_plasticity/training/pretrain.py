@@ -76,9 +76,7 @@ def _pretrain(config: PretrainConfig, folder: RunFolder, grid: ProcessGrid, prog
                 "seen/loss": mean_cross_entropy(session.engine, train_reader, seen),
             }
 
-        evaluation = LossEvaluation(
-            evaluate, config.total_steps, config.evaluate_every_steps, session.write_row, grid.is_main
-        )
+        evaluation = LossEvaluation(evaluate, config.total_steps, config.evaluate_every_steps, session.write_row, grid.is_main)
         callbacks = [evaluation]
         if config.capture is not None:
             probe_inputs, _ = held_out_reader.batch(np.arange(min(config.capture.sequences, len(held_out_reader))))

@@ -35,7 +35,9 @@ class TrainerState:
     format: int = FORMAT
 
     @classmethod
-    def of(cls, step: int, kind: str, run: str, groups: DecayGroups, recipe: TrainingRecipe, data: dict[str, Any]) -> TrainerState:
+    def of(
+        cls, step: int, kind: str, run: str, groups: DecayGroups, recipe: TrainingRecipe, data: dict[str, Any]
+    ) -> TrainerState:
         optimizer = {
             "learning_rate": recipe.optimizer.learning_rate,
             "betas": list(recipe.optimizer.betas),
@@ -54,7 +56,9 @@ def check_continues(checkpoint: CheckpointFolder, state: TrainerState, model: Mo
     """Raise CheckpointError, naming each difference, unless `checkpoint` is an earlier moment of the run that `state` describes."""
     path, stored = checkpoint.path, checkpoint.trainer
     if stored.get("format") != FORMAT:
-        raise CheckpointError(f"{path}: format {stored.get('format')!r} of another version of this software; this one reads format {FORMAT}")
+        raise CheckpointError(
+            f"{path}: format {stored.get('format')!r} of another version of this software; this one reads format {FORMAT}"
+        )
     differences = _differences("model", checkpoint.model.model_dump(), model.model_dump())
     if differences:
         raise CheckpointError(f"{path}: a checkpoint of another model\n" + "\n".join(differences))
@@ -72,5 +76,7 @@ def check_continues(checkpoint: CheckpointFolder, state: TrainerState, model: Mo
 def _differences(title: str, stored: dict[str, Any], now: dict[str, Any]) -> list[str]:
     keys = sorted({*stored, *now})
     return [
-        f"  {title}.{key}: checkpoint {stored.get(key)!r}, config {now.get(key)!r}" for key in keys if stored.get(key) != now.get(key)
+        f"  {title}.{key}: checkpoint {stored.get(key)!r}, config {now.get(key)!r}"
+        for key in keys
+        if stored.get(key) != now.get(key)
     ]

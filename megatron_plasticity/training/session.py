@@ -112,7 +112,9 @@ def training_session(
             state = TrainerState.of(start_step, kind, folder.path.name, engine.groups, recipe, data_identity)
             check_continues(source, state, model.config, engine.groups)
             if start_step > batches.steps:
-                raise CheckpointError(f"{source.path}: at step {start_step}, beyond the {batches.steps} steps that the config asks for")
+                raise CheckpointError(
+                    f"{source.path}: at step {start_step}, beyond the {batches.steps} steps that the config asks for"
+                )
             engine.restore(weights, {moment: source.tensors(moment) for moment in MOMENTS}, start_step)
         log = MetricLog(folder.metrics_path, start_step) if grid.is_main else None
         yield TrainingSession(folder, recipe, engine, batches, start_step, data_identity, kind, log)
@@ -136,7 +138,8 @@ def _starting_point(folder: RunFolder, recipe: TrainingRecipe) -> CheckpointFold
     damaged = damaged_checkpoints(folder.path)
     if damaged:
         raise CheckpointError(
-            "none of this run's checkpoints can be used:\n  " + "\n  ".join(damaged) + f"\n  Delete {folder.path / 'checkpoints'} to start over."
+            "none of this run's checkpoints can be used:\n  "
+            + "\n  ".join(damaged)
+            + f"\n  Delete {folder.path / 'checkpoints'} to start over."
         )
     return None if recipe.checkpoint.resume_from is None else open_checkpoint(recipe.checkpoint.resume_from)
-

@@ -181,7 +181,7 @@ def test_quickstart_spreads_five_values_of_weight_decay() -> None:
 def test_debug_runs_read_the_quickstart_corpus(name: str) -> None:
     run = load_run(name)
     corpus = load_config(CorpusConfig, CONFIGS / "corpora/quickstart.yaml")
-    assert run.data.folder == prepared_folder(corpus), "the corpus has changed: put its new folder into the debug runs"
+    assert run.data.folder == prepared_folder(corpus).with_name(corpus.name), "`data prepare` leaves a link of this name"
     assert run.model.vocab_size >= corpus.tokenizer.vocab_size
     assert (run.total_steps, run.device, run.engine.precision) == (20, "cpu", "fp32")
 

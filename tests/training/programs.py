@@ -28,7 +28,15 @@ from megatron_plasticity.training.engine import TrainingEngine
 from megatron_plasticity.training.optimizer_state import MOMENTS
 
 MODEL = ModelConfig(
-    family="llama2", layers=2, hidden_size=32, mlp_hidden_size=48, query_heads=4, kv_heads=2, head_dim=8, vocab_size=64, context_length=16
+    family="llama2",
+    layers=2,
+    hidden_size=32,
+    mlp_hidden_size=48,
+    query_heads=4,
+    kv_heads=2,
+    head_dim=8,
+    vocab_size=64,
+    context_length=16,
 )
 OLMO = ModelConfig(**{**MODEL.model_dump(), "family": "olmo2", "z_loss_weight": 1e-2, "norm_eps": 1e-6})
 
@@ -55,7 +63,10 @@ def recipe(
 ) -> TrainingRecipe:
     return TrainingRecipe(
         optimizer=OptimizerConfig(
-            learning_rate=5e-3, weight_decay=0.3, decay=DecayConfig(scope=scope), gradient_clip=clip  # type: ignore[arg-type]
+            learning_rate=5e-3,
+            weight_decay=0.3,
+            decay=DecayConfig(scope=scope),
+            gradient_clip=clip,  # type: ignore[arg-type]
         ),
         schedule=ScheduleConfig(),
         batch=BatchConfig(global_batch_size=global_batch, micro_batch_size=micro_batch),
@@ -112,7 +123,9 @@ def engine_run(
     return Trajectory(losses, norms, weights, moments)
 
 
-def _restarted(engine: TrainingEngine, settings: TrainingRecipe, weight_decay: float, model: ModelConfig, step: int) -> TrainingEngine:
+def _restarted(
+    engine: TrainingEngine, settings: TrainingRecipe, weight_decay: float, model: ModelConfig, step: int
+) -> TrainingEngine:
     weights = {name: tensor.detach().clone() for name, tensor in engine.full_weights()}
     moments = {m: {name: t.clone() for name, t in engine.full_moments(m)} for m in MOMENTS}
     grid = engine.grid

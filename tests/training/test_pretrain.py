@@ -95,7 +95,9 @@ def test_weight_and_update_norms_are_those_of_the_weights(pretrain_config: Make)
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("zero_stage", [0, 1])
-def test_an_interrupted_run_goes_on_bit_for_bit(pretrain_config: Make, tmp_path: Path, number: signal.Signals, zero_stage: int) -> None:
+def test_an_interrupted_run_goes_on_bit_for_bit(
+    pretrain_config: Make, tmp_path: Path, number: signal.Signals, zero_stage: int
+) -> None:
     engine = {"engine": {"zero_stage": zero_stage}}
     undisturbed = pretrain(pretrain_config({"output": str(tmp_path / "a"), **engine}), NoProgress())
     config = pretrain_config({"output": str(tmp_path / "b"), **engine})
@@ -202,7 +204,9 @@ def test_going_on_from_a_checkpoint_of_another_run(pretrain_config: Make, tmp_pa
         ({"steps": 3}, r"at step 12, beyond the 3 steps"),
     ],
 )
-def test_a_checkpoint_that_disagrees_with_the_config_stops_with_a_diff(pretrain_config: Make, changes: dict[str, object], message: str) -> None:
+def test_a_checkpoint_that_disagrees_with_the_config_stops_with_a_diff(
+    pretrain_config: Make, changes: dict[str, object], message: str
+) -> None:
     first = pretrain(pretrain_config(), NoProgress())
     with pytest.raises(CheckpointError, match=message):
         resumed_from(pretrain_config, first.path, changes)

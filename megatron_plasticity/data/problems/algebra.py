@@ -9,13 +9,14 @@ from random import Random
 
 from megatron_plasticity.data.problems.problem import Family, Key, Question
 
-_LARGEST = 24
+_LARGEST = 18
+_LARGEST_FACTOR = 14
 _UNKNOWNS = ("x", "y", "n")
 
 
 @dataclass(frozen=True)
 class Equation:
-    """`factor·x + shift = total`; `shift` may be negative, `total` and `total - shift` lie between 1 and 24.
+    """`factor·x + shift = total`; `shift` may be negative, `total` and `total - shift` lie between 1 and 18.
 
     The solution is a whole number or a fraction in lowest terms as it stands.
     """
@@ -76,7 +77,7 @@ class Equation:
 def _problems() -> Sequence[Equation]:
     every = [
         Equation(factor, shift, total)
-        for factor in range(1, 10)
+        for factor in range(1, _LARGEST_FACTOR + 1)
         for shift in range(-9, 10)
         for total in range(1, _LARGEST + 1)
         if (factor > 1 or shift) and 0 < total - shift <= _LARGEST

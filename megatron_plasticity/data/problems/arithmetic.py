@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, product
 from random import Random
 from typing import Literal
 
@@ -13,30 +13,32 @@ from megatron_plasticity.data.problems.problem import PEOPLE, Family, Key, Quest
 THINGS = ("pens", "coins", "shells", "cards", "stones", "books", "cups", "stamps")
 _VERBS = {"+": ("buys", "finds", "gets"), "-": ("sells", "loses", "gives away")}
 _PAST = {"+": ("bought", "found", "got"), "-": ("sold", "lost", "gave away")}
-_LARGEST = 24
+_LARGEST = 12
+_THREE_STEPS = 3000
 
 Term = tuple[Literal["+", "-"], int]
 
 
 @dataclass(frozen=True)
 class Sum:
-    """`start ± first ± second`, never below 0 and never above 24 on the way.
+    """`start`, and two or three numbers to add or take away; never below 0 and never above 12 on the way.
 
-    A single step would be learned by heart from any text; what is held out for tests is the combination of two.
+    A single step would be learned by heart from any text; what is held out for tests is the combination of the first two.
     """
 
     start: int
-    terms: tuple[Term, Term]
+    terms: tuple[Term, ...]
 
     @property
     def key(self) -> Key:
-        return ("sum", self.start, *(part for term in self.terms for part in term))
+        return ("sum", self.start, *(part for term in self.terms[:2] for part in term))
 
     @property
     def level(self) -> int:
-        """1 if all numbers on the way have one digit, 2 if the largest is below 15, 3 above that."""
-        largest = max(self.values)
-        return 1 if largest < 10 else 2 if largest < 15 else 3
+        """1 for two steps, 2 for three steps between one-digit numbers, 3 for three steps that touch a two-digit number."""
+        if len(self.terms) == 2:
+            return 1
+        return 3 if max(self.values) > 9 else 2
 
     @property
     def values(self) -> list[int]:
@@ -70,8 +72,13 @@ class Sum:
 def _problems() -> Sequence[Sum]:
     signs: tuple[Literal["+", "-"], ...] = ("+", "-")
     steps: list[Term] = [(sign, number) for sign in signs for number in range(1, 10)]
-    every = [Sum(start, (first, second)) for start in range(2, 16) for first in steps for second in steps]
-    return [problem for problem in every if all(0 <= value <= _LARGEST for value in problem.values)]
+    two = [sum_ for start in range(2, 10) for terms in product(steps, repeat=2) if _stays_small(sum_ := Sum(start, terms))]
+    three = [longer for sum_ in two for step in steps if _stays_small(longer := Sum(sum_.start, (*sum_.terms, step)))]
+    return two + Random("arithmetic").sample(three, _THREE_STEPS)
 
 
-FAMILY = Family("arithmetic", "number", "word problems over small numbers, two steps each", _problems)
+def _stays_small(problem: Sum) -> bool:
+    return all(0 <= value <= _LARGEST for value in problem.values)
+
+
+FAMILY = Family("arithmetic", "number", "word problems over small numbers, two or three steps", _problems)

@@ -16,7 +16,7 @@ from megatron_plasticity.data.problems.world import RELATIONS, THINGS, Relation,
 
 NAME = "categories"
 _WRONG_OPTIONS = 3
-_QUESTIONS_PER_FACT = 20
+_QUESTIONS_PER_FACT = 30
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,11 @@ class FactQuestion:
 
     def tell(self, rng: Random) -> str:
         options, letter, facts = self._search(rng, rng.randrange(len(self.others) + 1))
-        return f"One of {', '.join(options)} is {self._property()}. {facts} So it is {letter}."
+        return f"{lettered(options, ' ')}: one is {self._property()}. {facts} So it is {letter}."
 
 
 def _fact_key(relation: Relation, thing: Thing) -> Key:
-    return ("fact", relation, thing.name)
+    return (NAME, relation, thing.name)
 
 
 def _problems() -> Sequence[FactQuestion]:

@@ -1,4 +1,4 @@
-"""Short passages about who is where, with a question and four options (answer kind `choice`)."""
+"""Short passages about what people do, with a question and four options (answer kind `choice`)."""
 
 from __future__ import annotations
 
@@ -9,93 +9,95 @@ from typing import Literal
 
 from megatron_plasticity.data.problems.problem import PEOPLE, Family, Key, Question, inline_choice, lettered, place
 
-SPOTS = ("park", "school", "market", "barn", "kitchen", "garden", "library", "station")
-OBJECTS = ("kite", "ball", "lamp", "key", "hat", "map")
+Deed = Literal["go", "take", "eat", "meet"]
+Order = Literal["only", "first", "last"]
+
+WHAT: dict[Deed, tuple[str, ...]] = {
+    "go": ("park", "school", "market", "barn", "kitchen", "garden", "library", "station"),
+    "take": ("kite", "ball", "lamp", "key", "hat", "map", "rope", "bag"),
+    "eat": ("bread", "cheese", "soup", "rice", "cake", "salad", "fish", "honey"),
+    "meet": ("doctor", "farmer", "baker", "teacher", "painter", "sailor", "driver", "singer"),
+}
+_PRESENT = {"go": "goes to", "take": "takes", "eat": "eats", "meet": "meets"}
+_PAST = {"go": "went to", "take": "took", "eat": "ate", "meet": "met"}
+_QUESTIONS = {"go": "Where does {} go", "take": "What does {} take", "eat": "What does {} eat", "meet": "Who does {} meet"}
+_NOUNS = {"go": "place", "take": "thing", "eat": "food", "meet": "visitor"}
+_WRONG_OPTIONS = 3
 _PROBLEMS = 9000
 
-Event = tuple[str, Literal["goes", "takes"], str]
+Event = tuple[str, Deed, str]
 
 
 @dataclass(frozen=True)
 class Passage:
-    """Events in the order in which they happen, and the person or object that is looked for."""
+    """Events (person, deed, object) in their order.
+
+    What is asked for is the object of `person`'s `deed`; if there are two, the first or the last.
+    """
 
     events: tuple[Event, ...]
-    sought: str
+    person: str
+    deed: Deed
+    order: Order
 
     @property
     def key(self) -> Key:
-        return ("passage", self.sought, *(part for event in self.events for part in event))
+        return ("passage", self.person, self.deed, self.order, *(part for event in self.events for part in event))
 
     @property
     def level(self) -> int:
-        """1 for a person who goes once, 2 for one who moves on, 3 for an object, which is where its holder is."""
-        if self.sought in OBJECTS:
+        """1 if one person does each deed once, 2 if a deed is done twice, 3 if two people do the same deeds."""
+        if len({person for person, _, _ in self.events}) > 1:
             return 3
-        return 2 if sum(person == self.sought for person, _, _ in self.events) > 1 else 1
+        return 1 if self.order == "only" else 2
 
     @property
-    def spot(self) -> str:
-        """Where what is looked for is at the end."""
-        return self._spot_of(self.sought)
+    def right(self) -> str:
+        """The object that is asked for."""
+        found = [what for person, deed, what in self.events if (person, deed) == (self.person, self.deed)]
+        return found[-1] if self.order == "last" else found[0]
 
-    def _spot_of(self, sought: str) -> str:
-        holder = next((person for person, verb, what in self.events if verb == "takes" and what == sought), sought)
-        return next(what for person, verb, what in reversed(self.events) if person == holder and verb == "goes")
-
-    @property
-    def _wrong(self) -> list[str]:
-        """The three other spots of the passage, so that a spot's being mentioned gives nothing away."""
-        spots = dict.fromkeys(what for _, verb, what in self.events if verb == "goes")
-        return [f"the {spot}" for spot in spots if spot != self.spot]
+    def _wrong(self, rng: Random) -> list[str]:
+        """Objects of the same deed: those that the passage has as well, then others."""
+        mentioned = [what for _, deed, what in self.events if deed == self.deed and what != self.right]
+        others = [what for what in WHAT[self.deed] if what not in mentioned and what != self.right]
+        return (mentioned + rng.sample(others, len(others)))[:_WRONG_OPTIONS]
 
     def ask(self, rng: Random, position: int) -> Question:
-        passage = _story(self.events, {"goes": "goes to", "takes": "takes"})
-        right = f"the {self.spot}"
-        options, letter = place(right, self._wrong, rng, position)
+        story = " ".join(f"{person} {_PRESENT[deed]} the {what}." for person, deed, what in self.events)
+        asked = _QUESTIONS[self.deed].format(self.person) + ("" if self.order == "only" else f" {self.order}")
+        options, letter = place(self.right, self._wrong(rng), rng, position)
         return Question(
-            prompt=f"{passage}\nWhere is {_named(self.sought)}?\n{lettered(options)}",
-            response=f"{right}. Therefore, the answer is {letter}.",
+            prompt=f"{story}\n{asked}?\n{lettered(options)}",
+            response=f"{self.right}. Therefore, the answer is {letter}.",
             answer=letter,
             choices=options,
         )
 
     def tell(self, rng: Random) -> str:
-        story = _story(self.events, {"goes": "went to", "takes": "took"})
-        others = [person for person in dict.fromkeys(person for person, _, _ in self.events) if person != self.sought]
-        sought = [*rng.sample(others, len(others)), self.sought]
-        ends = "So " + ", ".join(f"{_named(name)} is in the {self._spot_of(name)}" for name in sought) + "."
-        if rng.random() < 0.4:
-            ends += " " + inline_choice(f"the {self.spot}", self._wrong, rng)
-        return f"{story} {ends}"
-
-
-def _named(sought: str) -> str:
-    return f"the {sought}" if sought in OBJECTS else sought
-
-
-def _story(events: Sequence[Event], verbs: dict[str, str]) -> str:
-    return " ".join(f"{person} {verbs[verb]} the {what}." for person, verb, what in events)
+        story = " ".join(f"{person} {_PAST[deed]} the {what}." for person, deed, what in self.events)
+        noun = _NOUNS[self.deed] if self.order == "only" else f"{self.order} {_NOUNS[self.deed]}"
+        end = f"So the {noun} of {self.person} was the {self.right}."
+        return f"{story} {end} {inline_choice(self.right, self._wrong(rng), rng)}" if rng.random() < 0.4 else f"{story} {end}"
 
 
 def _draw(rng: Random, level: int) -> Passage:
-    people, spots = rng.sample(PEOPLE, 4), rng.sample(SPOTS, 4)
-    seeker = people[0]
+    person, other = rng.sample(PEOPLE, 2)
+    deeds: list[Deed] = rng.sample(list(WHAT), len(WHAT))
+    deed = deeds[0]
+    order: Order = "only"
     if level == 1:
-        events: list[Event] = [(person, "goes", spot) for person, spot in zip(people, spots, strict=True)]
-        rng.shuffle(events)
-        return Passage(tuple(events), seeker)
-    if level == 2:
-        events = [(person, "goes", spot) for person, spot in zip(people[:3], spots, strict=False)]
-        rng.shuffle(events)
-        first = next(i for i, event in enumerate(events) if event[0] == seeker)
-        events.insert(rng.randrange(first + 1, len(events) + 1), (seeker, "goes", spots[3]))
-        return Passage(tuple(events), seeker)
-    held = rng.choice(OBJECTS)
-    events = [(person, "goes", spot) for person, spot in zip(people, spots, strict=True)]
+        events: list[Event] = [(person, each, rng.choice(WHAT[each])) for each in deeds]
+    elif level == 2:
+        order = rng.choice(("first", "last"))
+        events = [(person, deed, what) for what in rng.sample(WHAT[deed], 2)]
+        events += [(person, each, rng.choice(WHAT[each])) for each in deeds[1:3]]
+    else:
+        events = []
+        for each in deeds[:2]:
+            events += [(who, each, what) for who, what in zip((person, other), rng.sample(WHAT[each], 2), strict=True)]
     rng.shuffle(events)
-    events.insert(rng.randrange(len(events) + 1), (seeker, "takes", held))
-    return Passage(tuple(events), held)
+    return Passage(tuple(events), person, deed, order)
 
 
 def _problems() -> Sequence[Passage]:
@@ -106,4 +108,4 @@ def _problems() -> Sequence[Passage]:
     return list(drawn)
 
 
-FAMILY = Family("passage", "choice", "who and what is where after three to five short sentences, four options", _problems)
+FAMILY = Family("passage", "choice", "who does what in four short sentences, four options", _problems)

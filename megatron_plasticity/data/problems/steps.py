@@ -9,8 +9,8 @@ from typing import Literal
 
 from megatron_plasticity.data.problems.problem import Family, Key, Question, inline_choice, lettered, place
 
-_LARGEST = 20
-_PROBLEMS = 6000
+_LARGEST = 12
+_OF_A_LENGTH = 2000
 _OPTIONS = {2: 4, 3: 6, 4: 8}
 
 Step = tuple[Literal["add", "take", "double"], int]
@@ -18,7 +18,7 @@ Step = tuple[Literal["add", "take", "double"], int]
 
 @dataclass(frozen=True)
 class Chain:
-    """`start`, then each step in turn; every value on the way lies between 0 and 20."""
+    """`start`, then each step in turn; every value on the way lies between 0 and 12."""
 
     start: int
     steps: tuple[Step, ...]
@@ -72,26 +72,24 @@ class Chain:
         said = {"add": "add {}", "take": "take away {}", "double": "double it"}
         orders = ", ".join(said[verb].format(number) for verb, number in self.steps)
         told = f"From {self.start}, {orders}: {' '.join(self._sentences())}"
-        return f"{told} {inline_choice(str(self.values[-1]), self._wrong(rng), rng)}" if rng.random() < 0.4 else told
-
-
-def _draw(rng: Random, length: int) -> Chain | None:
-    steps: list[Step] = []
-    for _ in range(length):
-        verb: Literal["add", "take", "double"] = rng.choice(("add", "add", "take", "double"))
-        steps.append((verb, 0 if verb == "double" else rng.randrange(1, 10)))
-    chain = Chain(rng.randrange(1, 10), tuple(steps))
-    return chain if all(0 <= value <= _LARGEST for value in chain.values) else None
+        return f"{told} {inline_choice(str(self.values[-1]), self._wrong(rng), rng)}"
 
 
 def _problems() -> Sequence[Chain]:
-    rng = Random("steps")
-    drawn: dict[Chain, None] = {}
-    while len(drawn) < _PROBLEMS:
-        chain = _draw(rng, length=2 + len(drawn) % 3)
-        if chain:
-            drawn[chain] = None
-    return list(drawn)
+    steps: list[Step] = [(verb, number) for verb in ("add", "take") for number in range(1, 10)] + [("double", 0)]
+    chains = [chain for start in range(1, 10) for step in steps if _stays_small(chain := Chain(start, (step,)))]
+    rng, every = Random("steps"), []
+    for _ in _OPTIONS:
+        chains = [
+            longer for chain in chains for step in steps if _stays_small(longer := Chain(chain.start, (*chain.steps, step)))
+        ]
+        chains = rng.sample(chains, min(_OF_A_LENGTH, len(chains)))
+        every += chains
+    return every
+
+
+def _stays_small(chain: Chain) -> bool:
+    return all(0 <= value <= _LARGEST for value in chain.values)
 
 
 FAMILY = Family("steps", "choice", "two to four instructions on a number, four to eight options", _problems)

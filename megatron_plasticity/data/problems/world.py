@@ -1,4 +1,4 @@
-"""The closed world: sixty-four named things, each with a kind, a colour and a place.
+"""The closed world: forty-eight named things, each with a kind, a colour and a place.
 
 Kinds are what the words mean in English; colours and places are drawn once and for all, so they can be known from the corpus
 only. Things early in `THINGS` are talked about more often than later ones (Zipf-like), which grades how well a fact is known.
@@ -17,14 +17,14 @@ Relation = Literal["kind", "colour", "place"]
 RELATIONS: tuple[Relation, ...] = ("kind", "colour", "place")
 
 _MEMBERS = {
-    "bird": "sparrow eagle owl crow goose swan robin hawk",
-    "fish": "trout salmon carp pike cod tuna perch eel",
-    "tree": "oak elm pine birch maple willow cedar ash",
-    "tool": "hammer saw drill spade rake file axe chisel",
-    "fruit": "apple plum pear grape lemon melon fig cherry",
-    "flower": "rose tulip lily daisy iris orchid poppy violet",
-    "insect": "ant bee wasp moth beetle cricket fly flea",
-    "gem": "ruby pearl opal topaz amber jade garnet diamond",
+    "bird": "sparrow eagle owl crow goose swan",
+    "fish": "trout salmon carp pike cod tuna",
+    "tree": "oak elm pine birch maple willow",
+    "tool": "hammer saw drill spade rake axe",
+    "fruit": "apple plum pear grape lemon melon",
+    "flower": "rose tulip lily daisy iris poppy",
+    "insect": "ant bee wasp moth beetle flea",
+    "gem": "ruby pearl opal topaz amber diamond",
 }
 COLOURS = ("red", "blue", "green", "brown", "black", "white", "yellow", "grey")
 PLACES = ("valley", "island", "village", "coast", "desert", "forest", "harbour", "mountain")
