@@ -72,7 +72,7 @@ VERBS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 if all went well, 1 if runs of a study failed, 2 for bad input, 128 + signal when interrupted."""
+    """Run one command and exit: 0 if all went well, 1 if runs of a study failed, 2 for bad input, 128 + signal if interrupted."""
     parsed = _parser().parse_args(arguments)
     try:
         sys.exit(parsed.run(parsed) or 0)

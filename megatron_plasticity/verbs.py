@@ -49,10 +49,12 @@ def pretrain(arguments: Namespace) -> None:
         _print_config(config)
         print(f"parameters: {count.total:,} ({count.non_embedding:,} without embeddings)")
         print(
-            f"steps: {config.total_steps:,} of {config.tokens_per_step:,} tokens, {config.total_steps * config.tokens_per_step:,} in all"
+            f"steps: {config.total_steps:,} of {config.tokens_per_step:,} tokens, "
+            f"{config.total_steps * config.tokens_per_step:,} in all"
         )
         print(
-            f"weight decay: {config.weight_decay:g}, AdamW timescale {'∞' if timescale is None else f'{timescale:.3g}'} of the run"
+            f"weight decay: {config.weight_decay:g}, "
+            f"AdamW timescale {'∞' if timescale is None else f'{timescale:.3g}'} of the run"
         )
         return
     from megatron_plasticity.training.pretrain import pretrain, pretrain_folder
@@ -205,6 +207,7 @@ def study_report(arguments: Namespace) -> None:
 def mlflow_sync(arguments: Namespace) -> None:
     """Bring MLflow up to date with a run folder or a study folder."""
     from megatron_plasticity.tracking.mlflow_mirror import MlflowMirror
+    from megatron_plasticity.tracking.mlflow_store import without_credentials
 
     folder: Path = arguments.folder
     is_study = (folder / "study.json").is_file()
@@ -212,7 +215,7 @@ def mlflow_sync(arguments: Namespace) -> None:
         folder if is_study else folder.parent, experiment=folder.name if is_study else folder.resolve().parent.name
     )
     mirror.sync(folder)
-    print(f"{folder} is in MLflow at {mirror.shown_uri}")
+    print(f"{folder} is in MLflow at {without_credentials(mirror.uri)}")
 
 
 def _study_config(arguments: Namespace, cls: Any) -> Any:

@@ -11,13 +11,16 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 os.environ.setdefault("DO_NOT_TRACK", "true")
 os.environ["HF_HUB_OFFLINE"] = "1"
-# A tracking server of the person who runs the tests must not receive them.
-for variable in [name for name in os.environ if name.startswith("MLFLOW_TRACKING")]:
-    del os.environ[variable]
 
 import pytest
 
 from megatron_plasticity.config.data import CorpusConfig, PythonTextConfig, ReasoningTextConfig, TokenizerConfig
+
+# A tracking server of the person who runs the tests must not receive them.
+for variable in [name for name in os.environ if name.startswith("MLFLOW_TRACKING")]:
+    del os.environ[variable]
+
+pytest_plugins = ["tests.training_configs"]
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -1,7 +1,7 @@
 """Runs a function on several ranks over gloo, cheaply enough to be used casually.
 
-Ranks are forked from a server that has imported torch and DeepSpeed, as the study runner's workers are. A rank that fails ends the
-others, and its traceback is what the test shows.
+Ranks are forked from a server that has imported torch and DeepSpeed, as the study runner's workers are. A rank that fails ends
+the others, and its traceback is what the test shows.
 """
 
 from __future__ import annotations

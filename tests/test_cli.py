@@ -32,7 +32,12 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 @pytest.fixture
 def debug_run(repository: Path, tiny_corpus: Path, tmp_path: Path) -> list[str]:
     """The shipped debug run, on the tiny corpus."""
-    return [str(repository / "configs/runs/llama2-debug.yaml"), f"data.folder={tiny_corpus}", f"output={tmp_path / 'runs'}", "steps=4"]
+    return [
+        str(repository / "configs/runs/llama2-debug.yaml"),
+        f"data.folder={tiny_corpus}",
+        f"output={tmp_path / 'runs'}",
+        "steps=4",
+    ]
 
 
 @pytest.mark.parametrize("verb", VERBS, ids=lambda verb: "-".join(verb.words))
@@ -66,13 +71,18 @@ def test_main_help_lists_every_command(run: Run) -> None:
         (["model.kv_heads=3"], ["kv_heads=3 must divide query_heads"]),
         (["batch.micro_batch_size=3"], ["micro_batch_size=3 must divide global_batch_size=8"]),
         (["steps=null"], ["exactly one of `steps` and `tokens`"]),
-        (["optimizer.weight_decay=-1", "stepz=1", "schedule.kind=cosin"], ["weight_decay", "did you mean 'steps'", "schedule.kind", "3 problems"]),
+        (
+            ["optimizer.weight_decay=-1", "stepz=1", "schedule.kind=cosin"],
+            ["weight_decay", "did you mean 'steps'", "schedule.kind", "3 problems"],
+        ),
         (["steps"], ["expected key.path=value"]),
         (["model.layers.x=1"], ["'layers' is a value, not a section"]),
         (["batch.global_batch_size=[1"], ["not valid YAML"]),
     ],
 )
-def test_a_bad_config_is_one_message_and_exit_code_2(run: Run, debug_run: list[str], overrides: list[str], messages: list[str]) -> None:
+def test_a_bad_config_is_one_message_and_exit_code_2(
+    run: Run, debug_run: list[str], overrides: list[str], messages: list[str]
+) -> None:
     code, _, err = run("pretrain", *debug_run, *overrides)
     assert code == 2
     for message in messages:
@@ -134,11 +144,21 @@ def test_from_pretraining_to_every_analysis(run: Run, debug_run: list[str], repo
     assert "held_out_loss" in out
     base = out.strip().splitlines()[-1]
     code, out, err = run(
-        "finetune", repository / "configs/finetune/debug.yaml", f"base={base}", output, "logging.mlflow=false", "task.train_examples=16"
+        "finetune",
+        repository / "configs/finetune/debug.yaml",
+        f"base={base}",
+        output,
+        "logging.mlflow=false",
+        "task.train_examples=16",
     )
     assert code == 0, err
     tuned = out.strip().splitlines()[-1]
-    evaluation = (repository / "configs/evaluate/debug.yaml", f"run={tuned}", output, "tasks=[{name: arithmetic, test_examples: 4}]")
+    evaluation = (
+        repository / "configs/evaluate/debug.yaml",
+        f"run={tuned}",
+        output,
+        "tasks=[{name: arithmetic, test_examples: 4}]",
+    )
     code, out, err = run("evaluate", *evaluation)
     assert code == 0, err
     assert "greedy" in out
@@ -178,7 +198,8 @@ def test_a_folder_that_is_no_study(run: Run, tmp_path: Path) -> None:
 
 
 def test_output_into_a_closed_pipe_is_no_error(repository: Path) -> None:
-    script = f"{sys.executable} -m megatron_plasticity pretrain configs/runs/llama2-debug.yaml --dry-run | head -1; exit ${{PIPESTATUS[0]}}"
+    dry_run = f"{sys.executable} -m megatron_plasticity pretrain configs/runs/llama2-debug.yaml --dry-run"
+    script = f"{dry_run} | head -1; exit ${{PIPESTATUS[0]}}"
     ended = subprocess.run(["bash", "-c", script], cwd=repository, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0
     assert "Traceback" not in ended.stderr
@@ -191,7 +212,12 @@ def test_ctrl_c_ends_without_a_traceback(monkeypatch: pytest.MonkeyPatch, run: R
         raise KeyboardInterrupt
 
     monkeypatch.setattr(verbs, "study_status", interrupted)
-    monkeypatch.setattr("megatron_plasticity.cli.VERBS", tuple(v if v.words != ("study", "status") else type(v)(v.words, interrupted, v.summary, v.example, v.takes) for v in VERBS))
+    monkeypatch.setattr(
+        "megatron_plasticity.cli.VERBS",
+        tuple(
+            v if v.words != ("study", "status") else type(v)(v.words, interrupted, v.summary, v.example, v.takes) for v in VERBS
+        ),
+    )
     code, _, err = run("study", "status", "x")
     assert code == 130
     assert "run the same command again" in err

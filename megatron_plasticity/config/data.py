@@ -12,9 +12,9 @@ from megatron_plasticity.config.base import Section, neutral
 class PythonTextConfig(Section):
     """Real English and code text found in the Python installation itself: nothing is downloaded."""
 
-    megabytes: float = Field(6.0, gt=0)
+    megabytes: float = Field(default=6.0, gt=0)
     """How much text to take, after deduplication, in megabytes of UTF-8."""
-    code_fraction: float = Field(0.4, ge=0, le=1)
+    code_fraction: float = Field(default=0.4, ge=0, le=1)
     """Share of the text that is source code; the rest is docstrings and documentation."""
 
 
@@ -28,7 +28,7 @@ class ReasoningTextConfig(Section):
 class TokenizerConfig(Section):
     """A byte-level BPE trained on the corpus itself."""
 
-    vocab_size: int = Field(2048, ge=257)
+    vocab_size: int = Field(default=2048, ge=257)
     """Number of ids, the 256 bytes and the end-of-text id included."""
 
 
@@ -43,7 +43,7 @@ class CorpusConfig(Section):
     """Procedural reasoning text."""
     tokenizer: TokenizerConfig = TokenizerConfig()
     """Tokenizer to train."""
-    held_out_fraction: float = Field(0.03, gt=0, lt=1)
+    held_out_fraction: float = Field(default=0.03, gt=0, lt=1)
     """Share of the documents that is held out for validation, chosen by the hash of the document."""
     seed: int = 42
     """Seed of the sampling of documents and of the procedural text."""
@@ -53,7 +53,7 @@ class DataConfig(Section):
     """The token store that a run reads."""
 
     folder: Path = neutral()
-    """Prepared corpus: `train.bin/.idx`, `held_out.bin/.idx`, `tokenizer.json`, `manifest.json` (the manifest's hash enters the run's hash)."""
+    """Prepared corpus: `train.bin/.idx`, `held_out.bin/.idx`, `tokenizer.json`, `manifest.json` (whose hash enters the run's)."""
     seed: int = 42
     """Seed of the order of the samples."""
     held_out_sequences: PositiveInt = 512

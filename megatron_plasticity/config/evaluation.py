@@ -26,7 +26,7 @@ class EvaluateRecipe(Section):
 
     samples: PositiveInt = 16
     """Samples per question in the sampled pass, K of maj@K and pass@K."""
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     """Temperature of the sampled pass."""
     max_new_tokens: PositiveInt = 256
     """Longest answer in tokens."""

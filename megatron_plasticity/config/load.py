@@ -125,7 +125,7 @@ def _describe(cls: type[BaseModel], error: ValidationError) -> Iterator[str]:
             yield f"{where}: unknown key; {hint}"
         elif problem["type"] == "missing":
             yield f"{where}: this key is required"
-        elif problem["type"] == "value_error":
+        elif problem["type"] == "value_error" and "ctx" in problem:
             yield f"{where}: {problem['ctx']['error']}"
         else:
             message = problem["msg"][0].lower() + problem["msg"][1:]

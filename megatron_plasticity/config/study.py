@@ -35,7 +35,7 @@ class StudyConfig(Section):
     corpus: CorpusConfig | None = None
     """Corpus to prepare first; without it the base run's `data.folder` must be there already."""
     base: dict[str, Any]
-    """The pretraining run that every cell starts from, as in a `pretrain` config (name, output and, with `corpus`, data.folder are filled in)."""
+    """`pretrain` config that every cell starts from (name, output and, with `corpus`, data.folder are filled in)."""
     axes: dict[str, tuple[Any, ...]] = Field(min_length=1)
     """Grid: config path of the base run → values, such as `optimizer.weight_decay: [0, 0.1, 1]`."""
     tasks: tuple[TaskConfig, ...] = ()

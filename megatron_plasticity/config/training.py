@@ -44,17 +44,17 @@ class OptimizerConfig(Section):
 
     learning_rate: float = Field(gt=0)
     """Peak learning rate."""
-    weight_decay: float | None = Field(None, ge=0)
+    weight_decay: float | None = Field(default=None, ge=0)
     """λ. State this or `adamw_timescale`."""
-    adamw_timescale: float | None = Field(None, gt=0)
-    """Instead of λ, the fraction of the run that the weights remember, 1/(learning_rate·λ·steps) (2405.13698); `.inf` is λ = 0."""
+    adamw_timescale: float | None = Field(default=None, gt=0)
+    """Instead of λ: fraction of the run that the weights remember, 1/(learning_rate·λ·steps) (2405.13698); `.inf` is λ = 0."""
     decay: DecayConfig = DecayConfig()
     """Which tensors decay and how λ couples to the learning rate."""
     betas: tuple[float, float] = (0.9, 0.95)
     """Decay rates of Adam's moments."""
-    eps: float = Field(1e-8, gt=0)
+    eps: float = Field(default=1e-8, gt=0)
     """Adam's ε."""
-    gradient_clip: float = Field(1.0, ge=0)
+    gradient_clip: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 switches clipping off."""
 
     @model_validator(mode="after")
@@ -85,11 +85,11 @@ class ScheduleConfig(Section):
 
     kind: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     """`cosine` and `linear` fall from the peak to the final rate; `wsd` stays at the peak and falls linearly at the end."""
-    warmup_fraction: float = Field(0.1, ge=0, lt=1)
+    warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
     """Share of the steps spent warming up from zero."""
-    decay_fraction: float = Field(0.1, ge=0, le=1)
+    decay_fraction: float = Field(default=0.1, ge=0, le=1)
     """For `wsd`: share of the steps spent decaying at the end."""
-    final_fraction: float = Field(0.1, ge=0, le=1)
+    final_fraction: float = Field(default=0.1, ge=0, le=1)
     """Final learning rate as a share of the peak."""
 
     @model_validator(mode="after")
@@ -138,9 +138,9 @@ class LoggingConfig(Section):
     every_steps: PositiveInt = neutral(10)
     """Steps between rows of training metrics."""
     norms_every_steps: NonNegativeInt = neutral(50)
-    """Steps between weight and update norms per parameter class (full fp32 tensors are gathered for them); 0 switches them off."""
+    """Steps between weight and update norms per parameter class (full fp32 tensors are gathered for them); 0 turns them off."""
     mlflow: bool = neutral(True)
-    """Mirror metrics to MLflow (`MLFLOW_TRACKING_URI`, else `mlflow.db` in the working directory)."""
+    """Mirror metrics to MLflow (`MLFLOW_TRACKING_URI`, else `mlflow.db` in the output folder)."""
 
 
 class TrainingRecipe(Section):

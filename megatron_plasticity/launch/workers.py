@@ -45,8 +45,9 @@ def start_worker(
 ) -> BaseProcess:
     """Run `target(*arguments)` in a process of its own, its output appended to `log`.
 
-    Exit code: 0; that of a UserError, whose text goes to the log; 1 for anything else, with the traceback in the log. SIGTERM raises
-    Interrupted inside the job, unless the job listens to signals itself. A worker ends itself when its parent is gone.
+    Exit code: 0; that of a UserError, whose text goes to the log; 1 for anything else, with the traceback in the log.
+    SIGTERM raises Interrupted inside the job, unless the job listens to signals itself. A worker ends itself when its parent is
+    gone.
     """
     process = context.Process(  # type: ignore[attr-defined]
         target=_work, args=(target, arguments, str(log), threads, dict(environment or {})), name=name

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,7 @@ class CheckpointFolder:
         return int(self.trainer["step"])
 
     def tensors(self, group: str = WEIGHTS) -> dict[str, Tensor]:
-        """All tensors of `weights`, `exp_avg` or `exp_avg_sq` by parameter name, fp32, on the CPU; checked against the architecture."""
+        """All tensors of `weights`, `exp_avg` or `exp_avg_sq` by name, fp32, on the CPU; checked against the architecture."""
         found: dict[str, Tensor] = {}
         for file in sorted(self.path.glob(f"{group}-*.safetensors")):
             with _opened(file) as shard:
@@ -77,7 +77,7 @@ class CheckpointFolder:
 
 
 def save_checkpoint(
-    path: Path, model: ModelConfig, trainer: dict[str, Any], groups: dict[str, Iterable[tuple[str, Tensor]]]
+    path: Path, model: ModelConfig, trainer: dict[str, Any], groups: Mapping[str, Iterable[tuple[str, Tensor]]]
 ) -> None:
     """Write `groups` (name → pairs of parameter name and whole fp32 tensor, consumed one at a time) and what belongs to them.
 
@@ -107,8 +107,8 @@ def open_checkpoint(path: Path, verify: bool = True) -> CheckpointFolder:
         raise CheckpointError(f"{path}: no such checkpoint or run folder")
     if not (path / MARKER).is_file():
         raise CheckpointError(
-            f"{path}: not a complete checkpoint (its {MARKER} marker is missing, so it was cut off while being written, or is no checkpoint); "
-            "use an earlier step-N folder"
+            f"{path}: not a complete checkpoint (its {MARKER} marker is missing, so it was cut off while being written, "
+            "or is no checkpoint); use an earlier step-N folder"
         )
     _check_files(path, verify)
     model = check_config(ModelConfig, _read_json(path / MODEL_FILE), str(path / MODEL_FILE))

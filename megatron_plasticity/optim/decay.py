@@ -97,11 +97,12 @@ def check_same_groups(stored: Mapping[str, Any], current: DecayGroups, origin: s
     now = current.to_json()
     if dict(stored) == now:
         return
-    lines = []
-    for key in ("weight_decay", "coupling"):
-        if stored.get(key) != now[key]:
-            lines.append(f"  {key}: checkpoint {stored.get(key)!r}, config {now[key]!r}")
-    then = {name: True for name in stored.get("decayed", ())} | {name: False for name in stored.get("not_decayed", ())}
+    lines = [
+        f"  {key}: checkpoint {stored.get(key)!r}, config {now[key]!r}"
+        for key in ("weight_decay", "coupling")
+        if stored.get(key) != now[key]
+    ]
+    then = dict.fromkeys(stored.get("decayed", ()), True) | dict.fromkeys(stored.get("not_decayed", ()), False)
     for name in sorted(set(then) | set(current.decayed) | set(current.not_decayed)):
         before, after = _treatment(then.get(name)), _treatment(_lookup(current, name))
         if before != after:

@@ -30,6 +30,6 @@ def learning_rate_at(step: int, total_steps: int, peak: float, schedule: Schedul
 
 
 def adamw_timescale(learning_rate: float, weight_decay: float, steps: int) -> float | None:
-    """Fraction of a run of `steps` that the weights remember, 1/(lr·λ·steps) (2405.13698); None for λ = 0: they forget nothing."""
+    """Fraction of a run of `steps` that weights remember, 1/(lr·λ·steps) (2405.13698); None for λ = 0: they forget nothing."""
     product = learning_rate * weight_decay * steps
     return 1.0 / product if product > 0 else None

@@ -71,11 +71,11 @@ def process_grid(device: torch.device) -> Iterator[ProcessGrid]:
         # Before DeepSpeed is imported: it would otherwise look for accelerators, and choose one that we do not run on.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     import deepspeed.comm
-    import deepspeed.comm.torch  # noqa: F401  (its entry in sys.modules is needed below)
+    import deepspeed.comm.torch
 
     if device.type == "cpu":
-        # DeepSpeed's shared-memory collectives take 45 s to compile and leak 66 MiB of /dev/shm per rank and launch; gloo does the same work.
-        # `deepspeed.comm.torch` as an attribute is the real torch, hence sys.modules.
+        # DeepSpeed's shared-memory collectives take 45 s to compile and leak 66 MiB of /dev/shm per rank and launch; gloo does
+        # the same work. `deepspeed.comm.torch` as an attribute is the real torch, hence sys.modules.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     else:
         torch.cuda.set_device(device)

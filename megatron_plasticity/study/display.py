@@ -44,7 +44,8 @@ class StudyDisplay:
             self._live = Live(console=Console(file=self._stream), refresh_per_second=4)
             self._live.start()
         self._say(
-            f"study {self._plan.config.name}: {self._total} runs, {self._done_count} of them done before; folder {self._plan.folder}"
+            f"study {self._plan.config.name}: {self._total} runs, {self._done_count} of them done before; "
+            f"folder {self._plan.folder}"
         )
         return self
 

@@ -158,6 +158,7 @@ def _descendants(
     for task in config.tasks:
         finetune = _finetune_cell(config, base, pretrain, task, common)
         yield finetune
+        assert isinstance(finetune.config, FinetuneConfig)
         evaluation = EvaluateConfig(
             **config.evaluate.model_dump(),
             tasks=(task,),

@@ -51,7 +51,7 @@ class StudyOutcome:
 
 
 def run_study(config: StudyConfig) -> StudyOutcome:
-    """Carry out everything of the study that is not done yet. Raises Interrupted after Ctrl-C or SIGTERM, with every run saved."""
+    """Carry out all of the study that is not done yet. Raises Interrupted after Ctrl-C or SIGTERM, with every run saved."""
     check_study(config)
     folder = study_folder(config)
     with explain_disk_errors(folder):
@@ -196,7 +196,8 @@ class _Runner:
                     display.refresh([cell for cell, _ in self.running.values()], self.done, self.failed)
                     if self.stop.received is not None:
                         raise Interrupted(
-                            f"stopped by {self.stop.received.name}; finished runs are kept, and the same command goes on from here",
+                            f"stopped by {self.stop.received.name}; finished runs are kept, "
+                            "and the same command goes on from here",
                             self.stop.received,
                         )
             finally:

@@ -1,4 +1,4 @@
-"""A trained model on disk, as fine-tuning, evaluation and analysis read it: a checkpoint, the run that it belongs to, its tokenizer."""
+"""A trained model on disk, as fine-tuning, evaluation and analysis read it: a checkpoint, its run, its tokenizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TrainedModel:
 
     @classmethod
     def open(cls, path: Path) -> TrainedModel:
-        """The model at a run folder (its latest checkpoint) or at one of its checkpoint folders. Raises UserError if it cannot be used."""
+        """The model at a run folder (its latest checkpoint) or checkpoint folder. Raises UserError if it cannot be used."""
         checkpoint = open_checkpoint(path)
         return cls(checkpoint, RunFolder.containing(checkpoint.path))
 
@@ -61,7 +61,7 @@ ModelReading = EvaluateConfig | ProbesConfig | AttentionConfig | OverfittingConf
 def run_on_model(
     kind: str, config: ModelReading, work: Callable[[TrainedModel, RunFolder, Progress], Mapping[str, Any]], progress: Progress
 ) -> RunFolder:
-    """Do `work` on the model at `config.run` in a run folder of its own, unless that was done before; its result becomes results.json."""
+    """Do `work` on the model at `config.run` in its own run folder, unless done before; its result becomes results.json."""
     trained = TrainedModel.open(config.run)
     folder = RunFolder.create(config.output, kind, config.name, config, {"model": trained.identity})
     if not folder.is_done:

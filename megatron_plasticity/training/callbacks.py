@@ -17,7 +17,6 @@ from megatron_plasticity.errors import UserError
 from megatron_plasticity.models.sizes import flops_per_token
 from megatron_plasticity.optim.decay import HEAD, TOKEN_EMBEDDING
 from megatron_plasticity.optim.schedule import adamw_timescale
-from megatron_plasticity.tracking.metrics import MetricLog
 from megatron_plasticity.tracking.progress import Progress
 from megatron_plasticity.training.engine import TrainingEngine
 from megatron_plasticity.training.loop import Callback, StepOutcome

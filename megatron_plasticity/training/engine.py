@@ -1,4 +1,4 @@
-"""DeepSpeed behind a small face: forward and backward of a micro-batch, an optimizer step, losses without gradients, whole tensors.
+"""DeepSpeed behind a small face: forward and backward of a micro-batch, optimizer step, losses without gradients, whole tensors.
 
 Every number that DeepSpeed needs comes from our config; every trap of it that we know of is met here or in
 `config/deepspeed.py`, and has a test in `tests/training/test_engine.py`.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import shutil
 
 from megatron_plasticity.config.training import FinetuneConfig
-from megatron_plasticity.data.sft import EncodedExample, encode_examples
 from megatron_plasticity.data.prepare import TOKENIZER_FILE
+from megatron_plasticity.data.sft import EncodedExample, encode_examples
 from megatron_plasticity.data.tokenizer import Tokenizer
 from megatron_plasticity.errors import ConfigError, UserError
 from megatron_plasticity.evaluation.tasks import get_task

@@ -44,7 +44,7 @@ class Callback:
 
 
 def train(engine: TrainingEngine, batches: Batches, start_step: int, callbacks: Sequence[Callback], stop: StopSignal) -> None:
-    """Run steps `start_step` … `batches.steps` − 1 on every rank. Raises Interrupted after a stop signal, with everything saved."""
+    """Run steps `start_step` … `batches.steps` − 1 on every rank. Raises Interrupted after a stop signal, with all saved."""
     optimizer, schedule = engine.recipe.optimizer, engine.recipe.schedule
     for step in range(start_step, batches.steps):
         for callback in callbacks:

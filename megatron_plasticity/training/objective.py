@@ -21,7 +21,7 @@ class Objective(nn.Module):
 
 
 def training_loss(losses: TokenLoss, targets: Tensor, z_loss_weight: float) -> Tensor:
-    """Scalar to differentiate: Σ cross-entropy + z_loss_weight·Σ logsumexp² over the target tokens (z-loss: PaLM, 2204.02311, §5)."""
+    """Scalar to differentiate: Σ cross-entropy + z_loss_weight·Σ logsumexp² over target tokens (z-loss: PaLM, 2204.02311, §5)."""
     total = losses.cross_entropy.sum()
     if z_loss_weight:
         total = total + z_loss_weight * (losses.log_partition.square() * (targets != IGNORE)).sum()

@@ -106,7 +106,7 @@ def _set(engine: Any, parameter: nn.Parameter, value: Tensor, moment: Moment | N
 
 
 def _set_partition(parameter: Any, value: Tensor, moment: Moment | None) -> None:
-    """ZeRO-3: this rank's part of `value`, padded at the end. DeepSpeed's own setter for whole tensors reads past the end there."""
+    """ZeRO-3: this rank's part of `value`, padded at the end. DeepSpeed's setter for whole tensors reads past the end there."""
     from deepspeed.utils import safe_set_local_fp32_param, safe_set_local_optimizer_state
 
     size = parameter.ds_tensor.numel()

@@ -23,6 +23,7 @@ from megatron_plasticity.tracking.progress import Both, FolderProgress, NoProgre
 from megatron_plasticity.tracking.run_folder import RunFolder
 from megatron_plasticity.training.batches import PretrainBatches
 from megatron_plasticity.training.callbacks import Capture, LossEvaluation
+from megatron_plasticity.training.loop import Callback
 from megatron_plasticity.training.losses import mean_cross_entropy
 from megatron_plasticity.training.session import TrainingSession, held, training_session
 
@@ -77,7 +78,7 @@ def _pretrain(config: PretrainConfig, folder: RunFolder, grid: ProcessGrid, prog
             }
 
         evaluation = LossEvaluation(evaluate, config.total_steps, config.evaluate_every_steps, session.write_row, grid.is_main)
-        callbacks = [evaluation]
+        callbacks: list[Callback] = [evaluation]
         if config.capture is not None:
             probe_inputs, _ = held_out_reader.batch(np.arange(min(config.capture.sequences, len(held_out_reader))))
             identity = {"run": folder.hash, "model": config.model.model_dump(), "weight_decay": config.weight_decay}

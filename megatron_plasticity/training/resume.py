@@ -53,7 +53,7 @@ class TrainerState:
 
 
 def check_continues(checkpoint: CheckpointFolder, state: TrainerState, model: ModelConfig, groups: DecayGroups) -> None:
-    """Raise CheckpointError, naming each difference, unless `checkpoint` is an earlier moment of the run that `state` describes."""
+    """Raise CheckpointError, naming each difference, unless `checkpoint` is an earlier moment of the run `state` describes."""
     path, stored = checkpoint.path, checkpoint.trainer
     if stored.get("format") != FORMAT:
         raise CheckpointError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,7 @@ class TrainingSession:
         with StopSignal() as stop:
             train(self.engine, self.batches, self.start_step, watchers, stop)
 
-    def write_row(self, step: int, values: dict[str, float]) -> None:
+    def write_row(self, step: int, values: Mapping[str, float]) -> None:
         assert self.log is not None, "only the first rank writes"
         self.log.write(step, values)
 

@@ -44,7 +44,9 @@ def test_only_weight_decay_differs_between_the_points(tmp_path: Path) -> None:
 def test_a_timescale_becomes_a_weight_decay(tmp_path: Path) -> None:
     study = small_study(tmp_path)
     axes = {"optimizer.adamw_timescale": (math.inf, 0.5)}
-    study = study.model_copy(update={"axes": axes, "base": {**study.base, "optimizer": {"learning_rate": 0.005, "weight_decay": 9.0}}})
+    study = study.model_copy(
+        update={"axes": axes, "base": {**study.base, "optimizer": {"learning_rate": 0.005, "weight_decay": 9.0}}}
+    )
     bases = check_study(study)
     assert [base.weight_decay for base in bases] == [0.0, pytest.approx(1 / (0.005 * 0.5 * 6))]
     cell = plan_study(study, "h").cells[0]

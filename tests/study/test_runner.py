@@ -58,7 +58,9 @@ def test_a_study_from_corpus_to_report(tmp_path: Path) -> None:
 
 
 def test_a_stopped_study_keeps_what_is_done_and_goes_on(tmp_path: Path) -> None:
-    study = write_study(tmp_path, {"base": {"steps": 400}, "axes": {"optimizer.weight_decay": [1.0]}, "analyses": NOTHING, "tasks": []})
+    study = write_study(
+        tmp_path, {"base": {"steps": 400}, "axes": {"optimizer.weight_decay": [1.0]}, "analyses": NOTHING, "tasks": []}
+    )
     with (tmp_path / "out").open("w") as out:
         process = subprocess.Popen(command("study", "run", study), stdout=out, stderr=subprocess.STDOUT)
         state = wait_for_progress(tmp_path / "runs" / "small", process)

@@ -1,4 +1,4 @@
-"""What the training tests run, alone or on several ranks: a few steps of the real engine, and a bare torch loop to compare with."""
+"""What training tests run, alone or on several ranks: a few steps of the real engine, and a bare torch loop to compare with."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.config.training import (
     BatchConfig,
     DecayConfig,
+    DecayScope,
     EngineConfig,
     OptimizerConfig,
     ScheduleConfig,
@@ -25,18 +26,20 @@ from megatron_plasticity.optim.decay import decay_groups, optimizer_groups
 from megatron_plasticity.optim.schedule import learning_rate_at
 from megatron_plasticity.parallel.grid import process_grid
 from megatron_plasticity.training.engine import TrainingEngine
-from megatron_plasticity.training.optimizer_state import MOMENTS
+from megatron_plasticity.training.optimizer_state import MOMENTS, Moment
 
-MODEL = ModelConfig(
-    family="llama2",
-    layers=2,
-    hidden_size=32,
-    mlp_hidden_size=48,
-    query_heads=4,
-    kv_heads=2,
-    head_dim=8,
-    vocab_size=64,
-    context_length=16,
+MODEL = ModelConfig.model_validate(
+    {
+        "family": "llama2",
+        "layers": 2,
+        "hidden_size": 32,
+        "mlp_hidden_size": 48,
+        "query_heads": 4,
+        "kv_heads": 2,
+        "head_dim": 8,
+        "vocab_size": 64,
+        "context_length": 16,
+    }
 )
 OLMO = ModelConfig(**{**MODEL.model_dump(), "family": "olmo2", "z_loss_weight": 1e-2, "norm_eps": 1e-6})
 
@@ -55,7 +58,7 @@ def recipe(
     zero_stage: int = 0,
     precision: str = "fp32",
     *,
-    scope: str = "no_token_embedding",
+    scope: DecayScope = "no_token_embedding",
     clip: float = 0.5,
     global_batch: int = 8,
     micro_batch: int = 8,
@@ -66,7 +69,7 @@ def recipe(
             learning_rate=5e-3,
             weight_decay=0.3,
             decay=DecayConfig(scope=scope),
-            gradient_clip=clip,  # type: ignore[arg-type]
+            gradient_clip=clip,
         ),
         schedule=ScheduleConfig(),
         batch=BatchConfig(global_batch_size=global_batch, micro_batch_size=micro_batch),
@@ -127,7 +130,7 @@ def _restarted(
     engine: TrainingEngine, settings: TrainingRecipe, weight_decay: float, model: ModelConfig, step: int
 ) -> TrainingEngine:
     weights = {name: tensor.detach().clone() for name, tensor in engine.full_weights()}
-    moments = {m: {name: t.clone() for name, t in engine.full_moments(m)} for m in MOMENTS}
+    moments: dict[Moment, dict[str, Tensor]] = {m: {name: t.clone() for name, t in engine.full_moments(m)} for m in MOMENTS}
     grid = engine.grid
     engine.close()
     fresh = Transformer(model)

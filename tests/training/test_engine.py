@@ -172,6 +172,6 @@ def test_no_shared_memory_op_is_built_on_a_cpu() -> None:
 
 
 def test_a_wrong_decay_group_would_be_seen() -> None:
-    """The comparison with the bare loop is sharp enough: decaying one more tensor moves weights by far more than its tolerance."""
+    """The comparison with the bare loop is sharp enough: decaying one tensor more moves weights far more than its tolerance."""
     settings = recipe(0)
     assert largest_difference(bare_run(settings, 5), bare_run(recipe(0, scope="all"), 5)) > 1e-4

@@ -21,7 +21,7 @@ WHAT: dict[Deed, tuple[str, ...]] = {
 _PRESENT = {"go": "goes to", "take": "takes", "eat": "eats", "meet": "meets"}
 _PAST = {"go": "went to", "take": "took", "eat": "ate", "meet": "met"}
 _QUESTIONS = {"go": "Where does {} go", "take": "What does {} take", "eat": "What does {} eat", "meet": "Who does {} meet"}
-_NOUNS = {"go": "place", "take": "thing", "eat": "food", "meet": "visitor"}
+_PAST_QUESTIONS = {deed: question.replace("does", "did") for deed, question in _QUESTIONS.items()}
 _WRONG_OPTIONS = 3
 _PROBLEMS = 9000
 
@@ -54,8 +54,11 @@ class Passage:
     @property
     def right(self) -> str:
         """The object that is asked for."""
-        found = [what for person, deed, what in self.events if (person, deed) == (self.person, self.deed)]
+        found = self._objects(self.person, self.deed)
         return found[-1] if self.order == "last" else found[0]
+
+    def _objects(self, person: str, deed: Deed) -> list[str]:
+        return [what for who, done, what in self.events if (who, done) == (person, deed)]
 
     def _wrong(self, rng: Random) -> list[str]:
         """Objects of the same deed: those that the passage has as well, then others."""
@@ -75,10 +78,18 @@ class Passage:
         )
 
     def tell(self, rng: Random) -> str:
-        story = " ".join(f"{person} {_PAST[deed]} the {what}." for person, deed, what in self.events)
-        noun = _NOUNS[self.deed] if self.order == "only" else f"{self.order} {_NOUNS[self.deed]}"
-        end = f"So the {noun} of {self.person} was the {self.right}."
-        return f"{story} {end} {inline_choice(self.right, self._wrong(rng), rng)}" if rng.random() < 0.4 else f"{story} {end}"
+        story = [f"{person} {_PAST[deed]} the {what}." for person, deed, what in self.events]
+        answers = []
+        for person, deed in dict.fromkeys(event[:2] for event in self.events):
+            found = self._objects(person, deed)
+            orders = ("",) if len(found) == 1 else (" first", " last")
+            asked = _PAST_QUESTIONS[deed].format(person)
+            answers += [f"{asked}{order}? The {what}." for order, what in zip(orders, found, strict=True)]
+        sentences = story + rng.sample(answers, len(answers))
+        if rng.random() < 0.5:
+            asked = _PAST_QUESTIONS[self.deed].format(self.person) + ("" if self.order == "only" else f" {self.order}")
+            sentences.append(f"{asked}? {inline_choice(self.right, self._wrong(rng), rng)}")
+        return " ".join(sentences)
 
 
 def _draw(rng: Random, level: int) -> Passage:
@@ -86,16 +97,16 @@ def _draw(rng: Random, level: int) -> Passage:
     deeds: list[Deed] = rng.sample(list(WHAT), len(WHAT))
     deed = deeds[0]
     order: Order = "only"
+    events: list[Event] = []
     if level == 1:
-        events: list[Event] = [(person, each, rng.choice(WHAT[each])) for each in deeds]
+        events.extend((person, each, rng.choice(WHAT[each])) for each in deeds)
     elif level == 2:
         order = rng.choice(("first", "last"))
-        events = [(person, deed, what) for what in rng.sample(WHAT[deed], 2)]
-        events += [(person, each, rng.choice(WHAT[each])) for each in deeds[1:3]]
+        events.extend((person, deed, what) for what in rng.sample(WHAT[deed], 2))
+        events.extend((person, each, rng.choice(WHAT[each])) for each in deeds[1:3])
     else:
-        events = []
         for each in deeds[:2]:
-            events += [(who, each, what) for who, what in zip((person, other), rng.sample(WHAT[each], 2), strict=True)]
+            events.extend((who, each, what) for who, what in zip((person, other), rng.sample(WHAT[each], 2), strict=True))
     rng.shuffle(events)
     return Passage(tuple(events), person, deed, order)
 

@@ -77,9 +77,9 @@ def lettered(options: Sequence[str], separator: str = "\n") -> str:
 
 
 def inline_choice(right: str, wrong: Sequence[str], rng: Random) -> str:
-    """Two sentences that name a few options by letter and pick the right one, to be met in pretraining."""
+    """A sentence that names a few options by letter and picks the right one, to be met in pretraining."""
     options, letter = place(right, rng.sample(list(wrong), min(3, len(wrong))), rng, rng.randrange(4))
-    return f"{lettered(options, ' ')} The right one is {letter}."
+    return f"Of {lettered(options, ' ')} it is {right}, so {letter}."
 
 
 def article(noun: str) -> str:

@@ -76,7 +76,9 @@ class Chain:
 
 
 def _problems() -> Sequence[Chain]:
-    steps: list[Step] = [(verb, number) for verb in ("add", "take") for number in range(1, 10)] + [("double", 0)]
+    steps: list[Step] = [("add", number) for number in range(1, 10)]
+    steps.extend(("take", number) for number in range(1, 10))
+    steps.append(("double", 0))
     chains = [chain for start in range(1, 10) for step in steps if _stays_small(chain := Chain(start, (step,)))]
     rng, every = Random("steps"), []
     for _ in _OPTIONS:

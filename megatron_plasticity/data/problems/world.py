@@ -29,6 +29,8 @@ _MEMBERS = {
 COLOURS = ("red", "blue", "green", "brown", "black", "white", "yellow", "grey")
 PLACES = ("valley", "island", "village", "coast", "desert", "forest", "harbour", "mountain")
 
+VALUES: dict[Relation, tuple[str, ...]] = {"kind": tuple(_MEMBERS), "colour": COLOURS, "place": PLACES}
+
 
 @dataclass(frozen=True)
 class Thing:
@@ -65,7 +67,7 @@ _CUMULATIVE_WEIGHTS = tuple(accumulate(1 / (rank + 20) for rank in range(len(THI
 
 
 def draw_thing(rng: Random) -> Thing:
-    """A thing, early ones up to six times as often as late ones."""
+    """A thing, early ones up to three times as often as late ones."""
     return rng.choices(THINGS, cum_weights=_CUMULATIVE_WEIGHTS)[0]
 
 
@@ -79,8 +81,8 @@ def tell_thing(thing: Thing, rng: Random) -> str:
         f"The {name} is {article(kind)} from the {place}.",
         f"The {colour} {name} is {article(kind)}.",
         f"The {colour} {name} comes from the {place}.",
-        f"What is the colour of the {name}? {facts[1]}",
-        f"Where does the {name} come from? {facts[2]}",
         f"What kind of thing is the {name}? {facts[0]}",
+        f"Which colour has the {name}? {facts[1]}",
+        f"Where does the {name} come from? {facts[2]}",
     )
     return rng.choice(forms)

@@ -1,4 +1,4 @@
-"""A pretraining config that runs in a few seconds."""
+"""Configs of training runs that take a few seconds (fixtures, loaded by tests/conftest.py)."""
 
 from __future__ import annotations
 
