@@ -35,7 +35,7 @@ def _piece_of(topic: str, things: Sequence[Thing], rng: Random) -> str:
         return f"{review.text} {review.verdict(rng)}"
     problem = rng.choice(problems(topic, "train"))
     if rng.random() < _ASKED:
-        question = problem.ask(rng, rng.randrange(len(LETTERS)))
+        question = problem.ask(rng)
         return f"{question.prompt} {question.response}"
     return problem.tell(rng)
 

@@ -48,20 +48,17 @@ class Task:
 
     @property
     def chance(self) -> float:
-        """Accuracy without understanding, over all test problems: of a uniform guess among the options, or, where an answer is
-        not an option, of the best constant answer."""
+        """Accuracy without understanding, over all test problems: of the best constant answer or, if better, of a uniform
+        guess among the options."""
         examples = self.test(self.size("test"), seed=0)
-        if self.answer_kind == "choice":
-            return sum(1 / len(example.choices) for example in examples) / len(examples)
-        return Counter(example.answer for example in examples).most_common(1)[0][1] / len(examples)
+        constant = Counter(example.answer for example in examples).most_common(1)[0][1] / len(examples)
+        uniform = sum(1 / len(example.choices) for example in examples if example.choices) / len(examples)
+        return max(constant, uniform)
 
     def _examples(self, side: Side, count: int, seed: int) -> list[Example]:
         examples = []
-        levels: Counter[int] = Counter()  # the problems of a level have equally many options
         for number, problem in enumerate(draw_problems(self.name, side, count, seed)):
-            # The order of the problems is random already, so counting through the positions balances them and reveals nothing.
-            question = problem.ask(Random(f"{seed}/{self.name}/{side}/{number}"), position=levels[problem.level])
-            levels[problem.level] += 1
+            question = problem.ask(Random(f"{seed}/{self.name}/{side}/{number}"))
             name = f"{self.name}/{side}/{seed}/{number}"
             examples.append(Example(name, question.prompt, question.response, question.answer, question.choices))
         return examples

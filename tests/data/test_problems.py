@@ -11,7 +11,7 @@ import pytest
 
 from megatron_plasticity.data.problems import registry
 from megatron_plasticity.data.problems.arithmetic import Sum
-from megatron_plasticity.data.problems.problem import LETTERS, Family, Question, inline_choice, place
+from megatron_plasticity.data.problems.problem import LETTERS, Family, Question, in_order, inline_choice
 from megatron_plasticity.data.problems.registry import FAMILIES, draw_problems, is_test, problems
 from megatron_plasticity.data.problems.steps import Chain
 from megatron_plasticity.data.problems.world import COLOURS, PLACES, THINGS, draw_thing, tell_thing
@@ -21,7 +21,7 @@ EQUATION = re.compile(r"(?<![+-] )(?<!\w)(\d+) ([+-]) (\d+) = (\d+)")
 
 
 def questions(family: str, count: int = 300) -> list[Question]:
-    return [p.ask(Random(i), i) for side in ("train", "test") for i, p in enumerate(draw_problems(family, side, count, seed=1))]
+    return [p.ask(Random(i)) for side in ("train", "test") for i, p in enumerate(draw_problems(family, side, count, seed=1))]
 
 
 def solve_arithmetic(question: Question) -> str:
@@ -123,7 +123,7 @@ def test_passage_response_names_the_option_that_its_letter_stands_for() -> None:
 def test_every_equation_of_plain_numbers_is_true(family: str) -> None:
     seen = 0
     for number, problem in enumerate(draw_problems(family, "train", 500, seed=2)):
-        for text in (problem.ask(Random(number), number).response, problem.tell(Random(number))):
+        for text in (problem.ask(Random(number)).response, problem.tell(Random(number))):
             for left, sign, right, result in EQUATION.findall(text):
                 seen += 1
                 assert int(left) + (1 if sign == "+" else -1) * int(right) == int(result), text
@@ -139,7 +139,7 @@ def test_sides_are_large_enough_and_share_nothing(family: str) -> None:
     assert not {p.key for p in train} & {p.key for p in test}
     assert all(is_test(p) for p in test)
     assert not any(is_test(p) for p in train)
-    asked = [{p.ask(Random(0), 0).prompt for p in side} for side in (train, test)]
+    asked = [{p.ask(Random(0)).prompt for p in side} for side in (train, test)]
     assert not asked[0] & asked[1]
 
 
@@ -152,7 +152,7 @@ def test_problems_are_graded(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_prose_differs_from_the_task(family: str) -> None:
-    prompts = [p.ask(Random(i), i).prompt.split("\n")[0] for i, p in enumerate(draw_problems(family, "train", 200, seed=3))]
+    prompts = [p.ask(Random(i)).prompt.split("\n")[0] for i, p in enumerate(draw_problems(family, "train", 200, seed=3))]
     prose = " ".join(p.tell(Random(i)) for i, p in enumerate(draw_problems(family, "train", 200, seed=3)))
     assert not any(prompt in prose for prompt in prompts)
     assert "answer is" not in prose
@@ -166,7 +166,7 @@ def test_chains_of_steps_share_the_side_of_the_sum_that_they_begin_with() -> Non
 
 
 def test_trials_are_balanced_over_the_answers() -> None:
-    counts = Counter(trial.ask(Random(0), 0).answer for trial in FAMILIES["trials"].problems())
+    counts = Counter(trial.ask(Random(0)).answer for trial in FAMILIES["trials"].problems())
     assert len(set(counts.values())) == 1
     assert set(counts) == {"yes", "no", "maybe"}
 
@@ -208,12 +208,9 @@ def test_sides_are_the_same_on_every_machine() -> None:
     assert sizes == SIZES
 
 
-def test_place_puts_the_right_option_where_it_is_told() -> None:
-    for position in range(8):
-        options, letter = place("right", ["a", "b", "c"], Random(position), position)
-        assert options[position % 4] == "right"
-        assert letter == "ABCD"[position % 4]
-        assert sorted(options) == ["a", "b", "c", "right"]
+def test_options_stand_in_order() -> None:
+    assert in_order("b", ["c", "a"]) == (("a", "b", "c"), "B")
+    assert in_order("10", ["9", "12", "0"]) == (("0", "9", "10", "12"), "C")
 
 
 def test_inline_choice_picks_the_letter_of_the_right_option() -> None:

@@ -61,7 +61,7 @@ class Equation:
             steps.append(f"{unknown} = {rest}/{self.factor}" + (f" = {top}." if bottom == 1 else "."))
         return steps
 
-    def ask(self, rng: Random, position: int = 0) -> Question:
+    def ask(self, rng: Random) -> Question:
         unknown = rng.choice(_UNKNOWNS)
         top, bottom = self.solution
         answer = str(top) if bottom == 1 else rf"\frac{{{top}}}{{{bottom}}}"

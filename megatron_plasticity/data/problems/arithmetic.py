@@ -51,7 +51,7 @@ class Sum:
             for (sign, number), before, after in zip(self.terms, self.values, self.values[1:], strict=False)
         )
 
-    def ask(self, rng: Random, position: int = 0) -> Question:
+    def ask(self, rng: Random) -> Question:
         person, thing = rng.choice(PEOPLE), rng.choice(THINGS)
         story = [f"{person} has {self.start} {thing}."]
         story += [f"{person} {rng.choice(_VERBS[sign])} {number}." for sign, number in self.terms]

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from random import Random
 
-from megatron_plasticity.data.problems.problem import Family, Key, Question, inline_choice, lettered, place
+from megatron_plasticity.data.problems.problem import Family, Key, Question, in_order, inline_choice, lettered
 from megatron_plasticity.data.problems.world import RELATIONS, THINGS, VALUES, Relation, Thing
 
 _WRONG_OPTIONS = 3
@@ -36,8 +36,8 @@ class FactQuestion:
             return 1
         return 2 if THINGS.index(self.thing) < len(THINGS) // 2 else 3
 
-    def ask(self, rng: Random, position: int) -> Question:
-        options, letter = place(self.thing.value(self.relation), self.wrong, rng, position)
+    def ask(self, rng: Random) -> Question:
+        options, letter = in_order(self.thing.value(self.relation), self.wrong)
         asked = {"kind": "What is the {}?", "colour": "What colour is the {}?", "place": "Where is the {} from?"}[self.relation]
         return Question(
             prompt=f"{asked.format(self.thing.name)}\n{lettered(options)}",

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from megatron_plasticity.data.problems.problem import PEOPLE, Family, Key, Question, inline_choice, lettered, place
+from megatron_plasticity.data.problems.problem import PEOPLE, Family, Key, Question, in_order, inline_choice, lettered
 
 Deed = Literal["go", "take", "eat", "meet"]
 Order = Literal["only", "first", "last"]
@@ -66,10 +66,10 @@ class Passage:
         others = [what for what in WHAT[self.deed] if what not in mentioned and what != self.right]
         return (mentioned + rng.sample(others, len(others)))[:_WRONG_OPTIONS]
 
-    def ask(self, rng: Random, position: int) -> Question:
+    def ask(self, rng: Random) -> Question:
         story = " ".join(f"{person} {_PRESENT[deed]} the {what}." for person, deed, what in self.events)
         asked = _QUESTIONS[self.deed].format(self.person) + ("" if self.order == "only" else f" {self.order}")
-        options, letter = place(self.right, self._wrong(rng), rng, position)
+        options, letter = in_order(self.right, self._wrong(rng))
         return Question(
             prompt=f"{story}\n{asked}?\n{lettered(options)}",
             response=f"{self.right}. Therefore, the answer is {letter}.",

@@ -43,8 +43,8 @@ class Problem(Protocol):
         """Difficulty, 1 (easy) to 3."""
         ...
 
-    def ask(self, rng: Random, position: int) -> Question:
-        """The problem as a question. With options, the right one stands at `position` modulo their number."""
+    def ask(self, rng: Random) -> Question:
+        """The problem as a question, in a task's wording."""
         ...
 
     def tell(self, rng: Random) -> str:
@@ -63,12 +63,14 @@ class Family:
     """All the problems of the family, distinct, always in the same order."""
 
 
-def place(right: str, wrong: Sequence[str], rng: Random, position: int) -> tuple[tuple[str, ...], str]:
-    """Options with the right one at `position` modulo their number and the wrong ones shuffled around it; and its letter."""
-    options = rng.sample(list(wrong), len(wrong))
-    position %= len(options) + 1
-    options.insert(position, right)
-    return tuple(options), LETTERS[position]
+def in_order(right: str, wrong: Sequence[str]) -> tuple[tuple[str, ...], str]:
+    """Options in numerical or alphabetical order, and the letter of the right one.
+
+    In this order a letter says something about its option, so that a model which knows the answer, but has not learned to look a
+    letter up, does better than one that knows nothing: the scores of small models are graded.
+    """
+    options = sorted((right, *wrong), key=lambda option: (int(option), "") if option.isdigit() else (0, option))
+    return tuple(options), LETTERS[options.index(right)]
 
 
 def lettered(options: Sequence[str], separator: str = "\n") -> str:
@@ -78,7 +80,7 @@ def lettered(options: Sequence[str], separator: str = "\n") -> str:
 
 def inline_choice(right: str, wrong: Sequence[str], rng: Random) -> str:
     """A sentence that names a few options by letter and picks the right one, to be met in pretraining."""
-    options, letter = place(right, rng.sample(list(wrong), min(3, len(wrong))), rng, rng.randrange(4))
+    options, letter = in_order(right, rng.sample(list(wrong), min(3, len(wrong))))
     return f"Of {lettered(options, ' ')} it is {right}, so {letter}."
 
 

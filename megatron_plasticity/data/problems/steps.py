@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Literal
 
-from megatron_plasticity.data.problems.problem import Family, Key, Question, inline_choice, lettered, place
+from megatron_plasticity.data.problems.problem import Family, Key, Question, in_order, inline_choice, lettered
 
 _LARGEST = 12
 _OF_A_LENGTH = 2000
@@ -52,15 +52,14 @@ class Chain:
         ]
 
     def _wrong(self, rng: Random) -> list[str]:
-        """Values that a slip on the way would give."""
-        end = self.values[-1]
-        slips = {*self.values, *(end + shift for shift in (-4, -3, -2, -1, 1, 2, 3, 4, 5, 6, 7))} - {end}
-        return [str(value) for value in rng.sample(sorted(value for value in slips if value >= 0), _OPTIONS[len(self.steps)] - 1)]
+        """Other values that such a chain may end with."""
+        others = [str(value) for value in range(_LARGEST + 1) if value != self.values[-1]]
+        return rng.sample(others, _OPTIONS[len(self.steps)] - 1)
 
-    def ask(self, rng: Random, position: int) -> Question:
+    def ask(self, rng: Random) -> Question:
         said = {"add": "Add {}.", "take": "Take away {}.", "double": "Double it."}
         orders = " ".join(said[verb].format(number) for verb, number in self.steps)
-        options, letter = place(str(self.values[-1]), self._wrong(rng), rng, position)
+        options, letter = in_order(str(self.values[-1]), self._wrong(rng))
         return Question(
             prompt=f"Start with {self.start}. {orders} What is the result?\n{lettered(options)}",
             response=f"{' '.join(self._sentences())} The answer is {letter}",

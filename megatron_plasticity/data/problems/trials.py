@@ -44,7 +44,7 @@ class Trial:
         difference = self.treated - self.untreated
         return "yes" if difference >= CLEAR else "no" if difference <= -CLEAR else "maybe"
 
-    def ask(self, rng: Random, position: int = 0) -> Question:
+    def ask(self, rng: Random) -> Question:
         drug, complaint = rng.choice(_DRUGS), rng.choice(_COMPLAINTS)
         return Question(
             prompt=f"Does {drug} help against {complaint}? Abstract: {self.treated} people got better with {drug} and "
