@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# Starts a training command on every machine of a hostfile, one process per GPU, with the deepspeed launcher.
+#
+#   launch_scripts/deepspeed.sh HOSTFILE pretrain configs/runs/llama2-0.5b-20x.yaml optimizer.weight_decay=1.0
+#
+# HOSTFILE has lines such as "node1 slots=8". Every machine needs passwordless ssh, this repository at the same path with its
+# environment, and a shared folder for runs/ and data/. Of the environment the launcher forwards only variables whose names begin
+# with MLFLOW, PYTHON, NCCL, MV2 or UCX; put others into the file that DS_ENV_FILE names.
+set -euo pipefail
+
+if [ "$#" -lt 3 ]; then
+    sed -n '2,/^set/p' "$0" | sed -nE 's/^# ?//p' >&2
+    exit 2
+fi
+hostfile=$1
+shift
+if [ ! -f "$hostfile" ]; then
+    echo "error: $hostfile: no such hostfile; it lists one machine per line, such as: node1 slots=8" >&2
+    exit 2
+fi
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+PATH="$here/.venv/bin:$PATH"
+exec deepspeed --hostfile "$hostfile" --module megatron_plasticity "$@"
