@@ -209,11 +209,10 @@ def mlflow_sync(arguments: Namespace) -> None:
     from megatron_plasticity.tracking.mlflow_mirror import MlflowMirror
     from megatron_plasticity.tracking.mlflow_store import without_credentials
 
-    folder: Path = arguments.folder
-    is_study = (folder / "study.json").is_file()
-    mirror = MlflowMirror(
-        folder if is_study else folder.parent, experiment=folder.name if is_study else folder.resolve().parent.name
-    )
+    folder: Path = arguments.folder.resolve()
+    # A study mirrors into its own folder, a single run into its output folder: as `study run` and `pretrain` do.
+    root = folder if (folder / "study.json").is_file() else folder.parent
+    mirror = MlflowMirror(root, experiment=root.name)
     mirror.sync(folder)
     print(f"{folder} is in MLflow at {without_credentials(mirror.uri)}")
 

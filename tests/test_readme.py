@@ -30,7 +30,12 @@ OURS = commands("megatron-plasticity")
 
 
 def test_there_are_commands() -> None:
-    assert {tuple(words[:2]) for words in OURS} >= {("study", "plan"), ("study", "report"), ("data", "prepare"), ("analyze", "probes")}
+    assert {tuple(words[:2]) for words in OURS} >= {
+        ("study", "plan"),
+        ("study", "report"),
+        ("data", "prepare"),
+        ("analyze", "probes"),
+    }
 
 
 @pytest.mark.parametrize("words", [words for words in OURS if any(word.endswith(".yaml") for word in words)], ids=" ".join)

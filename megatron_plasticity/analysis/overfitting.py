@@ -4,7 +4,7 @@ On "paired". A gap of 1e-3 to 1e-2 nats calls for a paired bootstrap, but within
 held-out and the seen sequences are different texts, so both sides are resampled independently here. What is paired is the
 comparison of two runs of a λ grid: with the same data seed and recipe they are measured on the very same sequences of both sides,
 so the difficulty of the texts cancels in the *difference* of their gaps, which is therefore known better than the interval of
-either gap suggests.
+either gap suggests. `analysis/paired_losses.py` computes that from the losses of the single sequences, which the results keep.
 """
 
 from __future__ import annotations
@@ -60,20 +60,33 @@ def run_overfitting(
     batch_size = recipe.batch_size
     seen_losses = sequence_losses(model, seen, seen_blocks, batch_size, device, progress, 0, total)
     held_out_losses = sequence_losses(model, held_out, held_out_blocks, batch_size, device, progress, len(seen_blocks), total)
-    return gap(seen_losses, held_out_losses, deciles, recipe.bootstrap_resamples, recipe.seed)
+    found = gap(
+        seen_losses, held_out_losses, deciles, recipe.bootstrap_resamples, recipe.seed, (seen_blocks, held_out_blocks)
+    )
+    return {**found, "passes": ledger.passes}
 
 
-def gap(seen: np.ndarray, held_out: np.ndarray, deciles: np.ndarray, resamples: int = 1000, seed: int = 42) -> dict[str, Any]:
+def gap(
+    seen: np.ndarray,
+    held_out: np.ndarray,
+    deciles: np.ndarray,
+    resamples: int = 1000,
+    seed: int = 42,
+    blocks: tuple[np.ndarray, np.ndarray] | None = None,
+) -> dict[str, Any]:
     """mean(held_out) − mean(seen) in nats per token, with a 95 % bootstrap interval, overall and by when a sequence was seen.
 
     Args:
         seen: mean loss of each seen sequence [n].
         held_out: mean loss of each held-out sequence [m].
-        deciles: for each seen sequence, the tenth of the run (0 to 9) in which it was first seen [n].
+        deciles: for each seen sequence, the tenth of the run's first pass over the data (0 to 9) in which it was seen [n].
+        blocks: block in the store of each seen [n] and each held-out sequence [m], kept as `seen_blocks` and `held_out_blocks`
+            so that a comparison over λ can tell that it compares the same sequences.
 
     The unit of the bootstrap is the sequence, since the tokens of one are correlated; the two sides are resampled independently
     (see the module's text). Entry d of `by_decile` compares decile d with all held-out sequences; it is null where no sequence
-    was seen, and has no interval where only one was.
+    was seen, and has no interval where only one was. `seen_losses` and `held_out_losses` are the losses of the sequences, to six
+    decimals.
 
     Source: the gap is a claim of Han et al. (2602.11137); the draw, the resampling and the deciles are our own.
     """
@@ -92,14 +105,19 @@ def gap(seen: np.ndarray, held_out: np.ndarray, deciles: np.ndarray, resamples: 
             return {"value": value}
         return interval(value, held_out_means - resampled_means(side, resamples, generator))
 
-    return {
+    result = {
         "held_out_loss": float(held_out.mean()),
         "seen_loss": float(seen.mean()),
         "gap": compared(seen),
         "sequences": int(seen.size),
         "held_out_sequences": int(held_out.size),
         "by_decile": [compared(seen[deciles == decile]) for decile in range(_DECILES)],
+        "seen_losses": [round(float(loss), 6) for loss in seen],
+        "held_out_losses": [round(float(loss), 6) for loss in held_out],
     }
+    if blocks is not None:
+        result["seen_blocks"], result["held_out_blocks"] = ([int(block) for block in side] for side in blocks)
+    return result
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ import numpy as np
 from scipy import stats
 
 from megatron_plasticity.analysis.bootstrap import CONFIDENCE, interval, resampled_means
+from megatron_plasticity.analysis.paired_losses import SequenceLosses, paired_losses
 from megatron_plasticity.errors import UserError
 
 # Scores that differ by rounding of a mean are equal.
@@ -35,6 +36,9 @@ class TaskOutcome:
     """Per question, after fine-tuning."""
     base_correct: Sequence[float] | None = None
     """Per question, of the base model before fine-tuning; None if it was not evaluated."""
+    questions_sha256: str | None = None
+    """Hash of the questions' text; None where the evaluation did not keep it."""
+    base_questions_sha256: str | None = None
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ class GridPoint:
     """Nats per token; None (or not finite) for a run that is missing or diverged."""
     tasks: Mapping[str, TaskOutcome | None]
     """A task that is absent or None was not finished."""
+    sequences: SequenceLosses | None = None
+    """Losses on the sequences of the overfitting run; None if there was none, or if it kept none."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +72,10 @@ class ScoreCurve:
 
 
 def plasticity(points: Sequence[GridPoint], resamples: int = 1000, seed: int = 42) -> dict[str, Any]:
-    """All statistics of one grid over λ: `{"weight_decays", "loss_curve", "tasks": {name: statistics}, "mean": statistics}`.
+    """All statistics of one grid over λ: `{"weight_decays", "loss_curve", "paired_losses", "tasks": {name: statistics}, "mean":
+    statistics}`.
 
-    See `loss_curve_shape` and `curve_statistics`. `mean` is over tasks, at the λ at which every task was finished; it is absent
+    See `loss_curve_shape`, `paired_losses` (absent without losses of single sequences) and `curve_statistics`. `mean` is over tasks, at the λ at which every task was finished; it is absent
     when there is no such λ. `points` may come in any order.
 
     Raises:
@@ -86,6 +93,9 @@ def plasticity(points: Sequence[GridPoint], resamples: int = 1000, seed: int = 4
         "loss_curve": loss_curve_shape(weight_decays, [losses.get(decay) for decay in weight_decays]),
         "tasks": {name: curve_statistics(curve, weight_decays, losses) for name, curve in curves.items()},
     }
+    sequences = {point.weight_decay: point.sequences for point in points if point.sequences is not None}
+    if (paired := paired_losses(sequences, resamples, seed)) is not None:
+        result["paired_losses"] = paired
     mean = mean_curve(list(curves.values()))
     if mean is not None:
         result["mean"] = curve_statistics(mean, weight_decays, losses)
@@ -107,6 +117,7 @@ def task_curve(points: Sequence[GridPoint], task: str, resamples: int, seed: int
                     f"task {task!r}: λ={decay:g} answered {len(answers)} test questions and λ={present[0][0]:g} {questions}; "
                     "scores can only be compared on the same questions, so evaluate all of them with one task config"
                 )
+    _check_same_questions(task, present)
     if not questions:
         raise ValueError(f"task {task!r} has no test questions")
     unknown = np.full(questions, np.nan)
@@ -119,6 +130,22 @@ def task_curve(points: Sequence[GridPoint], task: str, resamples: int, seed: int
     count = len(present)
     decays = tuple(decay for decay, _ in present)
     return ScoreCurve(decays, correct.mean(0), resampled[:, :count], base.mean(0), resampled[:, count:], correct)
+
+
+def _check_same_questions(task: str, present: Sequence[tuple[float, TaskOutcome]]) -> None:
+    """Raise UserError where the hashes that are known show that different questions were asked."""
+    known: dict[str, float] = {}
+    for decay, outcome in present:
+        for digest in (outcome.questions_sha256, outcome.base_questions_sha256):
+            if digest is not None:
+                known.setdefault(digest, decay)
+    if len(known) > 1:
+        one, other, *_ = known.values()
+        where = f"at λ={one:g} and λ={other:g}" if one != other else f"before and after fine-tuning at λ={one:g}"
+        raise UserError(
+            f"task {task!r}: the test questions {where} are different ones; scores can only be compared on the same questions, "
+            "so evaluate all of them with one task config"
+        )
 
 
 def mean_curve(curves: Sequence[ScoreCurve]) -> ScoreCurve | None:

@@ -40,6 +40,11 @@ class Ledger:
         """Number of different blocks consumed: the first epoch visits each block once, so later epochs add none."""
         return min(self.consumed_samples, self.number_of_blocks)
 
+    @property
+    def passes(self) -> float:
+        """How often the run went over its data, on average: above 1 it saw blocks again."""
+        return self.consumed_samples / self.number_of_blocks
+
     def order(self) -> SampleOrder:
         """The order that the run followed."""
         return SampleOrder(self.number_of_blocks, self.seed)

@@ -62,7 +62,7 @@ def fabricate(folder: Path, what: Fabrication = Fabrication()) -> Path:
         "config": _config(what),
         "corpus": {
             "folder": "data/quickstart-01234567",
-            "manifest": {"sha256": "0" * 64, "train_tokens": 2_100_000, "held_out_tokens": 64_000},
+            "manifest": {"sha256": "0" * 64, "splits": {"train": {"tokens": 400_000}, "held_out": {"tokens": 64_000}}},
         },
         "cells": cells,
     }

@@ -11,6 +11,7 @@ def limits(results: StudyResults) -> list[str]:
         text
         for text in (
             _scale(results),
+            _repetition(results),
             _seeds(results),
             _intervals(results),
             _questions(results),
@@ -34,6 +35,18 @@ def _scale(results: StudyResults) -> str:
         "have 0.5 to 4 billion parameters and 20 or 140 tokens per parameter. A λ found here does not carry over as a number; "
         "the AdamW timescale is the "
         "quantity to carry over, and that it does is a conjecture to test."
+    )
+
+
+def _repetition(results: StudyResults) -> str:
+    manifest = (results.corpus or {}).get("manifest") or {}
+    distinct = number(((manifest.get("splits") or {}).get("train") or {}).get("tokens"))
+    tokens = [count for cell in results.cells if cell.kind == "pretrain" and (count := number(cell.results.get("tokens")))]
+    if not distinct or not tokens or max(tokens) <= distinct:
+        return ""
+    return (
+        f"Repetition. The corpus has {distinct:,.0f} training tokens, so the base models read it {max(tokens) / distinct:.1f} "
+        "times over, while the paper's models see each document at most once. Repetition makes overfitting, and what weight decay does about it, larger."
     )
 
 

@@ -1,0 +1,73 @@
+"""Losses of the λ of a grid on the very same sequences: differences between λ, and how often each λ has the lowest loss.
+
+Texts differ far more in difficulty than models do in loss. So the sequences are resampled once for all λ: what makes a text hard
+cancels in the difference of two λ, which is therefore known much better than the interval of either suggests.
+
+The intervals are over sequences alone. They say nothing of other seeds of pretraining.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+
+from megatron_plasticity.analysis.bootstrap import interval, resampled_means
+
+
+@dataclass(frozen=True)
+class SequenceLosses:
+    """What one model loses on each sequence, in nats per token, and which sequences they are."""
+
+    seen: Sequence[float]
+    held_out: Sequence[float]
+    seen_blocks: tuple[int, ...]
+    """Block of each seen sequence in the store; the same for every λ that can be compared."""
+    held_out_blocks: tuple[int, ...]
+
+
+def paired_losses(losses: Mapping[float, SequenceLosses], resamples: int = 1000, seed: int = 42) -> dict[str, Any] | None:
+    """Paired comparison over λ of held-out loss and of the train–validation gap; None for fewer than two λ.
+
+    `{"weight_decays", "left_out", "sequences", "held_out_sequences", "neighbours": [{"weight_decays": [smaller, larger], "gap":
+    interval, "held_out_loss": interval}], "lowest_held_out_loss": [{"weight_decay", "share"}]}`. A difference is the larger λ's
+    value minus the smaller's, in nats per token. The share is that of the resamples in which the λ has the lowest held-out loss,
+    equal λ sharing a resample. Only λ measured on the same sequences are compared: the largest such set; the others are
+    `left_out`.
+    """
+    sequences = Counter((item.seen_blocks, item.held_out_blocks) for item in losses.values())
+    if not sequences:
+        return None
+    blocks = sequences.most_common(1)[0][0]
+    shared = sorted(decay for decay, item in losses.items() if (item.seen_blocks, item.held_out_blocks) == blocks)
+    if len(shared) < 2:
+        return None
+    seen = np.column_stack([losses[decay].seen for decay in shared]).astype(float)
+    held_out = np.column_stack([losses[decay].held_out for decay in shared]).astype(float)
+    generator = np.random.default_rng(abs(seed))
+    held_out_means = resampled_means(held_out, resamples, generator)
+    gap_means = held_out_means - resampled_means(seen, resamples, generator)
+    loss, gap = held_out.mean(axis=0), held_out.mean(axis=0) - seen.mean(axis=0)
+    lowest = held_out_means == held_out_means.min(axis=1, keepdims=True)
+    shares = (lowest / lowest.sum(axis=1, keepdims=True)).mean(axis=0)
+    return {
+        "weight_decays": shared,
+        "left_out": sorted(set(losses) - set(shared)),
+        "sequences": len(blocks[0]),
+        "held_out_sequences": len(blocks[1]),
+        "neighbours": [
+            {
+                "weight_decays": [shared[one], shared[other]],
+                "gap": interval(gap[other] - gap[one], gap_means[:, other] - gap_means[:, one]),
+                "held_out_loss": interval(loss[other] - loss[one], held_out_means[:, other] - held_out_means[:, one]),
+            }
+            for one, other in pairwise(range(len(shared)))
+        ],
+        "lowest_held_out_loss": [
+            {"weight_decay": decay, "share": float(share)} for decay, share in zip(shared, shares, strict=True)
+        ],
+    }
