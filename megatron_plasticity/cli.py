@@ -11,6 +11,7 @@ from pathlib import Path
 
 from megatron_plasticity import __version__, verbs
 from megatron_plasticity.errors import UserError
+from megatron_plasticity.training.signals import raise_interrupted_on_sigterm
 
 PROGRAM = "megatron-plasticity"
 
@@ -74,6 +75,7 @@ VERBS = (
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 if all went well, 1 if runs of a study failed, 2 for bad input, 128 + signal if interrupted."""
     parsed = _parser().parse_args(arguments)
+    raise_interrupted_on_sigterm()
     try:
         sys.exit(parsed.run(parsed) or 0)
     except UserError as error:

@@ -40,12 +40,11 @@ def pretrain(arguments: Namespace) -> None:
     from megatron_plasticity.config.load import load_config
     from megatron_plasticity.config.training import PretrainConfig
     from megatron_plasticity.models.sizes import parameter_count
-    from megatron_plasticity.optim.schedule import adamw_timescale
 
     config = load_config(PretrainConfig, arguments.config, arguments.overrides)
     if arguments.dry_run:
         count = parameter_count(config.model)
-        timescale = adamw_timescale(config.optimizer.learning_rate, config.weight_decay, config.total_steps)
+        timescale = config.adamw_timescale
         _print_config(config)
         print(f"parameters: {count.total:,} ({count.non_embedding:,} without embeddings)")
         print(
@@ -145,7 +144,6 @@ def study_plan(arguments: Namespace) -> None:
     """Print the runs of a study."""
     from megatron_plasticity.config.study import StudyConfig
     from megatron_plasticity.models.sizes import parameter_count
-    from megatron_plasticity.optim.schedule import adamw_timescale
     from megatron_plasticity.study.plan import check_study, study_folder
 
     config = _study_config(arguments, StudyConfig)
@@ -153,7 +151,7 @@ def study_plan(arguments: Namespace) -> None:
     print(f"study {config.name} → {study_folder(config)}")
     print(f"{'base model':24} {'parameters':>14} {'tokens':>16} {'λ':>10} {'timescale':>10}")
     for base in bases:
-        timescale = adamw_timescale(base.optimizer.learning_rate, base.weight_decay, base.total_steps)
+        timescale = base.adamw_timescale
         shown = "∞" if timescale is None else f"{timescale:.3g}"
         tokens = base.total_steps * base.tokens_per_step
         print(f"{base.name:24} {parameter_count(base.model).total:>14,} {tokens:>16,} {base.weight_decay:>10.4g} {shown:>10}")
@@ -231,10 +229,8 @@ def _run_job(kind: str, cls: type[Section], arguments: Namespace) -> RunFolder |
     if arguments.dry_run:
         _print_config(config)
         return None
-    from megatron_plasticity.launch.workers import raise_interrupted_on_sigterm
     from megatron_plasticity.study.jobs import job_for
 
-    raise_interrupted_on_sigterm()
     with _console(f"{kind} {getattr(config, 'name', '')}".strip()) as progress:
         return job_for(kind)(config, progress)
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import numpy as np
 
 CONFIDENCE = 0.95
@@ -31,3 +34,21 @@ def interval(value: float, resampled: np.ndarray) -> dict[str, float]:
     tail = (1 - CONFIDENCE) / 2
     low, high = np.quantile(resampled, [tail, 1 - tail])
     return {"value": float(value), "low": float(low), "high": float(high)}
+
+
+def choices(weight_decays: Sequence[float], is_best: np.ndarray) -> dict[str, Any]:
+    """How often each of the ascending λ is the choice, from `is_best` [resamples, λ]; equally good λ share a resample.
+
+    `{"low", "high", "distribution": [{"weight_decay", "share"}]}`; `low` to `high` are the λ between which the middle 95 % lie.
+    """
+    shares = (is_best / is_best.sum(axis=1, keepdims=True)).mean(axis=0)
+    tail = (1 - CONFIDENCE) / 2 - 1e-12
+    low = int(np.argmax(shares.cumsum() >= tail))
+    high = len(shares) - 1 - int(np.argmax(shares[::-1].cumsum() >= tail))
+    return {
+        "low": weight_decays[low],
+        "high": weight_decays[high],
+        "distribution": [
+            {"weight_decay": decay, "share": float(share)} for decay, share in zip(weight_decays, shares, strict=True)
+        ],
+    }

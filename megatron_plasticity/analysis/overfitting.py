@@ -60,9 +60,7 @@ def run_overfitting(
     batch_size = recipe.batch_size
     seen_losses = sequence_losses(model, seen, seen_blocks, batch_size, device, progress, 0, total)
     held_out_losses = sequence_losses(model, held_out, held_out_blocks, batch_size, device, progress, len(seen_blocks), total)
-    found = gap(
-        seen_losses, held_out_losses, deciles, recipe.bootstrap_resamples, recipe.seed, (seen_blocks, held_out_blocks)
-    )
+    found = gap(seen_losses, held_out_losses, deciles, recipe.bootstrap_resamples, recipe.seed, (seen_blocks, held_out_blocks))
     return {**found, "passes": ledger.passes}
 
 

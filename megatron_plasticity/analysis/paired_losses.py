@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_plasticity.analysis.bootstrap import interval, resampled_means
+from megatron_plasticity.analysis.bootstrap import choices, interval, resampled_means
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,8 @@ def paired_losses(losses: Mapping[float, SequenceLosses], resamples: int = 1000,
     """Paired comparison over λ of held-out loss and of the train–validation gap; None for fewer than two λ.
 
     `{"weight_decays", "left_out", "sequences", "held_out_sequences", "neighbours": [{"weight_decays": [smaller, larger], "gap":
-    interval, "held_out_loss": interval}], "lowest_held_out_loss": [{"weight_decay", "share"}]}`. A difference is the larger λ's
-    value minus the smaller's, in nats per token. The share is that of the resamples in which the λ has the lowest held-out loss,
-    equal λ sharing a resample. Only λ measured on the same sequences are compared: the largest such set; the others are
+    interval, "held_out_loss": interval}], "lowest_held_out_loss": see `choices`}`. A difference is the larger λ's value minus the
+    smaller's, in nats per token. Only λ measured on the same sequences are compared: the largest such set; the others are
     `left_out`.
     """
     sequences = Counter((item.seen_blocks, item.held_out_blocks) for item in losses.values())
@@ -53,7 +52,6 @@ def paired_losses(losses: Mapping[float, SequenceLosses], resamples: int = 1000,
     gap_means = held_out_means - resampled_means(seen, resamples, generator)
     loss, gap = held_out.mean(axis=0), held_out.mean(axis=0) - seen.mean(axis=0)
     lowest = held_out_means == held_out_means.min(axis=1, keepdims=True)
-    shares = (lowest / lowest.sum(axis=1, keepdims=True)).mean(axis=0)
     return {
         "weight_decays": shared,
         "left_out": sorted(set(losses) - set(shared)),
@@ -67,7 +65,5 @@ def paired_losses(losses: Mapping[float, SequenceLosses], resamples: int = 1000,
             }
             for one, other in pairwise(range(len(shared)))
         ],
-        "lowest_held_out_loss": [
-            {"weight_decay": decay, "share": float(share)} for decay, share in zip(shared, shares, strict=True)
-        ],
+        "lowest_held_out_loss": choices(shared, lowest),
     }

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from megatron_plasticity.analysis.bootstrap import CONFIDENCE, interval, resampled_means
+from megatron_plasticity.analysis.bootstrap import choices, interval, resampled_means
 from megatron_plasticity.analysis.paired_losses import SequenceLosses, paired_losses
 from megatron_plasticity.errors import UserError
 
@@ -75,7 +75,8 @@ def plasticity(points: Sequence[GridPoint], resamples: int = 1000, seed: int = 4
     """All statistics of one grid over λ: `{"weight_decays", "loss_curve", "paired_losses", "tasks": {name: statistics}, "mean":
     statistics}`.
 
-    See `loss_curve_shape`, `paired_losses` (absent without losses of single sequences) and `curve_statistics`. `mean` is over tasks, at the λ at which every task was finished; it is absent
+    See `loss_curve_shape`, `paired_losses` (absent without losses of single sequences) and `curve_statistics`. `mean` is over
+    tasks, at the λ at which every task was finished; it is absent
     when there is no such λ. `points` may come in any order.
 
     Raises:
@@ -221,21 +222,12 @@ def best_weight_decay(curve: ScoreCurve) -> dict[str, Any]:
     sharing a resample; `low` to `high` are the λ between which its middle 95 % lie.
     """
     best = _is_best(curve.scores)
-    shares = _is_best(curve.resampled)
-    shares = (shares / shares.sum(axis=1, keepdims=True)).mean(axis=0)
-    tail = (1 - CONFIDENCE) / 2
-    low = int(np.argmax(shares.cumsum() >= tail - _EQUAL))
-    high = len(shares) - 1 - int(np.argmax(shares[::-1].cumsum() >= tail - _EQUAL))
     first, *others = np.flatnonzero(best)
     return {
         "weight_decay": curve.weight_decays[first],
         "score": float(curve.scores[first]),
         "ties": [curve.weight_decays[index] for index in others],
-        "low": curve.weight_decays[low],
-        "high": curve.weight_decays[high],
-        "distribution": [
-            {"weight_decay": decay, "share": float(share)} for decay, share in zip(curve.weight_decays, shares, strict=True)
-        ],
+        **choices(curve.weight_decays, _is_best(curve.resampled)),
     }
 
 

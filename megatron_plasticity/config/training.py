@@ -72,12 +72,21 @@ class OptimizerConfig(Section):
             raise ValueError("each beta must lie in [0, 1)")
         return value
 
+    def decay_per_step(self, weight_decay: float, learning_rate: float) -> float:
+        """Share of a weight that a step at `learning_rate` takes off: lr·λ, or (lr/lr_peak)·λ under coupling `independent`."""
+        return weight_decay * learning_rate / (self.learning_rate if self.decay.coupling == "independent" else 1.0)
+
     def resolved_weight_decay(self, steps: int) -> float:
         """λ of a run of `steps` optimizer steps, whichever way it was stated."""
         if self.weight_decay is not None:
             return self.weight_decay
         assert self.adamw_timescale is not None  # the validator above
         return 0.0 if math.isinf(self.adamw_timescale) else 1.0 / (self.learning_rate * self.adamw_timescale * steps)
+
+
+def adamw_timescale(decay_per_step: float, steps: int) -> float | None:
+    """Fraction of a run of `steps` that the weights remember, 1/(decay per step · steps) (2405.13698); None without decay."""
+    return 1.0 / (decay_per_step * steps) if decay_per_step > 0 else None
 
 
 class ScheduleConfig(Section):
@@ -206,6 +215,11 @@ class PretrainConfig(TrainingRecipe):
     def weight_decay(self) -> float:
         """λ."""
         return self.optimizer.resolved_weight_decay(self.total_steps)
+
+    @property
+    def adamw_timescale(self) -> float | None:
+        """Fraction of the run that the weights remember, at the peak learning rate; None for λ = 0: they forget nothing."""
+        return adamw_timescale(self.optimizer.decay_per_step(self.weight_decay, self.optimizer.learning_rate), self.total_steps)
 
 
 class FinetuneRecipe(TrainingRecipe):

@@ -16,7 +16,17 @@ from megatron_plasticity.data.reviews import draw_review
 SOURCE = "reasoning"
 
 # Shares of the documents by what they are mostly about.
-_WEIGHTS = {"facts": 8, "categories": 4, "arithmetic": 3, "algebra": 2, "trials": 1, "passage": 4, "steps": 3, "reviews": 1}
+_WEIGHTS = {
+    "facts": 8,
+    "recall": 4,
+    "categories": 4,
+    "arithmetic": 4,
+    "algebra": 2,
+    "trials": 1,
+    "passage": 4,
+    "steps": 3,
+    "reviews": 1,
+}
 # Share of the problems that are put as a task puts them; the others are told in prose.
 _ASKED = 0.4
 _WORDS = (40, 90)

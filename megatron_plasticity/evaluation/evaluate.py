@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -9,13 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from megatron_plasticity.config.evaluation import EvaluateRecipe
+from megatron_plasticity.config.evaluation import EvaluateRecipe, RewardConfig
 from megatron_plasticity.config.training import TaskConfig
 from megatron_plasticity.data.sft import render_prompt
 from megatron_plasticity.data.tokenizer import Tokenizer, check_tokenizer_fits
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.evaluation.extraction import extract_answer
-from megatron_plasticity.evaluation.grading import Grader
+from megatron_plasticity.evaluation.grading import Grader, plain_words
 from megatron_plasticity.evaluation.metrics import Outcomes, bootstrap_metrics, cluster_answers, question_values
 from megatron_plasticity.evaluation.rewards import RewardScorer, make_scorer
 from megatron_plasticity.evaluation.sampler import check_prompts, generate
@@ -60,8 +63,9 @@ def evaluate_model(
 
     Returns the content of `results.json` and the rows of `samples.jsonl`, one per response:
     `{"task", "question" (its id), "pass": "greedy" | "sampled", "sample", "text", "extracted", "correct", "reward"}`.
-    In the results each task has its metrics (`metrics.py`; one that is undefined is absent), `chance`, correctness per question
-    in both passes, and the `grader` that was used. The model is moved to `device` and stays there.
+    In the results each task has its metrics (`metrics.py`; one that is undefined is absent), the `chance` of the questions asked
+    (`chance_of`), their `questions_sha256` (`questions_sha256`), the greedy pass's `most_common_answer`, correctness per question
+    in both passes, the `grader` and, if there was one, the `reward` scorer. The model is moved to `device` and stays there.
 
     Raises UserError before anything is generated if a task is unknown or named twice, the template is unusable, or a prompt is
     too long for the model's context.
@@ -85,6 +89,20 @@ def evaluate_model(
             ]
             rows += [*_sample_rows(test_set, "greedy", greedy), *_sample_rows(test_set, "sampled", sampled)]
     return results, rows
+
+
+def chance_of(examples: Sequence[Example]) -> float:
+    """Accuracy on these questions without understanding: of the best constant answer or, if better, of a uniform guess among the
+    options."""
+    constant = Counter(example.answer for example in examples).most_common(1)[0][1] / len(examples)
+    uniform = sum(1 / len(example.choices) for example in examples if example.choices) / len(examples)
+    return max(constant, uniform)
+
+
+def questions_sha256(examples: Sequence[Example]) -> str:
+    """SHA-256 of the questions' ids, prompts and answers in their order: equal if and only if the same questions were asked."""
+    content = [[example.id, example.prompt, example.answer] for example in examples]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def _prepare(tokenizer: Tokenizer, recipe: EvaluateRecipe, tasks: Sequence[TaskConfig], context_length: int) -> list[_TestSet]:
@@ -154,15 +172,38 @@ def _task_results(
         rewards=np.array([[answer.reward for answer in row] for row in sampled], dtype=np.float64) if rewarded else None,
     )
     metrics = bootstrap_metrics(question_values(outcomes), recipe.bootstrap_resamples, derived_seed(recipe.seed, "bootstrap"))
-    return {
+    results = {
         "answer_kind": task.answer_kind,
         "grader": grader.name(task.answer_kind),
         "questions": len(test_set.examples),
-        "chance": task.chance,
+        "questions_sha256": questions_sha256(test_set.examples),
+        "chance": chance_of(test_set.examples),
+        "most_common_answer": _most_common_answer([answer.extracted for answer in greedy]),
         "metrics": {name: metric.as_json() for name, metric in metrics.items()},
         "greedy_correct": outcomes.greedy_correct.astype(int).tolist(),
         "sampled_correct": outcomes.sampled_correct.astype(int).tolist(),
     }
+    if rewarded:
+        results["reward"] = _reward_record(recipe.reward)
+    return results
+
+
+def _most_common_answer(extracted: list[str | None]) -> dict[str, Any]:
+    """The answer given most often, as first given but for a final full stop, and its share of all questions.
+
+    A share far above that of the right answers says that the model answers without reading. Answers are compared as words:
+    by value would take math-verify for every pair of questions. The answer is null and its share 0 if no question has one.
+    """
+    answered = [answer for answer in extracted if answer is not None]
+    if not answered:
+        return {"answer": None, "share": 0.0}
+    words, times = Counter(map(plain_words, answered)).most_common(1)[0]
+    first = next(answer for answer in answered if plain_words(answer) == words)
+    return {"answer": first.strip().rstrip("."), "share": times / len(extracted)}
+
+
+def _reward_record(config: RewardConfig) -> dict[str, Any]:
+    return {"kind": config.kind, **({"model": config.model} if config.kind == "sequence_classifier" else {})}
 
 
 def _shown(example: Example, answer: Answer) -> dict[str, Any]:

@@ -4,7 +4,9 @@ Prompts are left-padded to one length, so that all rows of a batch write the sam
 and its cache row is repeated for its samples; rows that have ended leave the batch. Sampling is by inverse transform: the token
 is the first whose cumulative probability exceeds a uniform number that belongs to (seed, question, sample, position) alone
 (`streams.py`), so a sample depends neither on the batch size nor on what else is in its batch (up to the last bits of the
-logits, which matrix multiplication may round differently for another batch shape).
+logits, which matrix multiplication may round differently for another batch shape). The repetition penalty of 1.1 and the stop
+strings of the paper's public code are left out on purpose: the penalty changes the model that is measured, and stop strings cut
+prose short.
 """
 
 from __future__ import annotations

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections import Counter
 from dataclasses import dataclass
 from random import Random
 
 from megatron_plasticity.data.problems.problem import AnswerKind
-from megatron_plasticity.data.problems.registry import FAMILIES, Side, draw_problems, problems
+from megatron_plasticity.data.problems.registry import FAMILIES, draw_problems, problems
+from megatron_plasticity.data.problems.split import Side
 from megatron_plasticity.errors import UserError
 
 
@@ -35,7 +35,10 @@ class Task:
     description: str
 
     def train(self, count: int, seed: int) -> list[Example]:
-        """`count` training examples, distinct in content; raises `UserError` if the task has fewer."""
+        """`count` training examples, distinct in content; raises `UserError` if the task has fewer.
+
+        Of yes, no and maybe each is right equally often, up to one question, for any `count`; so too in the test set.
+        """
         return self._examples("train", count, seed)
 
     def test(self, count: int, seed: int) -> list[Example]:
@@ -45,15 +48,6 @@ class Task:
     def size(self, side: Side) -> int:
         """Number of distinct problems on one side."""
         return len(problems(self.name, side))
-
-    @property
-    def chance(self) -> float:
-        """Accuracy without understanding, over all test problems: of the best constant answer or, if better, of a uniform
-        guess among the options."""
-        examples = self.test(self.size("test"), seed=0)
-        constant = Counter(example.answer for example in examples).most_common(1)[0][1] / len(examples)
-        uniform = sum(1 / len(example.choices) for example in examples if example.choices) / len(examples)
-        return max(constant, uniform)
 
     def _examples(self, side: Side, count: int, seed: int) -> list[Example]:
         examples = []

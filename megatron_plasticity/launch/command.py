@@ -11,22 +11,22 @@ from pathlib import Path
 from megatron_plasticity.errors import UserError
 
 
-def deepspeed_command(verb: str, config: Path, processes: int, overrides: Sequence[str] = ()) -> list[str]:
-    """`deepspeed --num_gpus N --module megatron_plasticity VERB CONFIG …`, for the processes of one machine.
+def deepspeed_command(verb: str, config: Path, processes: int, devices: Sequence[str] = ()) -> list[str]:
+    """`deepspeed … --module megatron_plasticity VERB CONFIG`, for `processes` ranks on this machine.
 
-    On a machine without GPUs set `DS_ACCELERATOR=cpu`: the launcher then counts slots instead of devices.
+    `devices` are the GPUs to use, by their index: given a number of GPUs, the launcher ignores CUDA_VISIBLE_DEVICES. On a machine
+    without GPUs set `DS_ACCELERATOR=cpu`: the launcher then counts slots instead of devices.
     """
-    launcher = Path(sys.executable).with_name("deepspeed")
-    found = str(launcher) if launcher.is_file() else shutil.which("deepspeed")
+    beside = Path(sys.executable).with_name("deepspeed")
+    found = str(beside) if beside.is_file() else shutil.which("deepspeed")
     if found is None:
         raise UserError(
             "the `deepspeed` launcher is not beside this Python nor on PATH; install the project with `pip install -e .`"
         )
-    return [
-        # The launcher's own shebang may name a Python of an environment that was moved.
-        sys.executable, found, "--num_gpus", str(processes), "--master_port", str(_free_port()),
-        "--module", "megatron_plasticity", verb, str(config), *overrides,
-    ]  # fmt: skip
+    where = ["--include", f"localhost:{','.join(devices)}"] if devices else ["--num_gpus", str(processes)]
+    # Through our own Python: the launcher's first line may name one of an environment that was moved.
+    launcher = [sys.executable, found, *where, "--master_port", str(_free_port())]
+    return [*launcher, "--module", "megatron_plasticity", verb, str(config)]
 
 
 def _free_port() -> int:

@@ -20,7 +20,10 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from megatron_plasticity.errors import Interrupted, UserError
+from megatron_plasticity.errors import UserError
+from megatron_plasticity.training.signals import raise_interrupted_on_sigterm
+
+_LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
 def worker_context(preload: Sequence[str], cuda: bool) -> BaseContext:
@@ -56,20 +59,13 @@ def start_worker(
     return process
 
 
-def raise_interrupted_on_sigterm() -> None:
-    """Let SIGTERM unwind the stack like Ctrl-C does, so that files are closed and states written."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise Interrupted("stopped by SIGTERM; run the same command again to go on", number)
-
-    signal.signal(signal.SIGTERM, interrupt)
-
-
 def _work(target: Callable[..., Any], arguments: tuple[Any, ...], log: str, threads: int, environment: dict[str, str]) -> None:
     # A Ctrl-C in the terminal reaches the whole process group: only the parent should hear it, and decide.
     os.setpgrp()
     _redirect_output(log)
-    os.environ.update(environment)
+    for variable in _LAUNCHER_VARIABLES:  # a study that itself runs under a launcher: its workers are processes of their own
+        os.environ.pop(variable, None)
+    os.environ.update(environment, OMP_NUM_THREADS=str(threads))
     raise_interrupted_on_sigterm()
     _end_with_parent()
     import torch

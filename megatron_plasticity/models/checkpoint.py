@@ -158,10 +158,15 @@ def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]
 
 
 def _check_files(path: Path, verify: bool) -> None:
-    for name, facts in _read_json(path / MARKER).items():
+    files = _read_json(path / MARKER)
+    if not {MODEL_FILE, TRAINER_FILE, f"{WEIGHTS}-00001.safetensors"} <= files.keys():
+        raise CheckpointError(f"{path}: its {MARKER} marker does not list what a checkpoint has; use an earlier step-N folder")
+    for name, facts in files.items():
         file = path / name
         if not file.is_file():
             raise CheckpointError(f"{path}: {name} is missing; the checkpoint is damaged, use an earlier step-N folder")
+        if not isinstance(facts, dict) or not {"bytes", "sha256"} <= facts.keys():
+            raise CheckpointError(f"{path}: its {MARKER} marker is damaged at {name}; use an earlier step-N folder")
         if file.stat().st_size != facts["bytes"] or (verify and sha256_file(file) != facts["sha256"]):
             raise CheckpointError(
                 f"{path}: {name} is not what was written (size or SHA-256 differs); use an earlier step-N folder"

@@ -27,9 +27,3 @@ def learning_rate_at(step: int, total_steps: int, peak: float, schedule: Schedul
     if schedule.kind == "linear":
         return final + (peak - final) * (1 - progress)
     return final + (peak - final) * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def adamw_timescale(learning_rate: float, weight_decay: float, steps: int) -> float | None:
-    """Fraction of a run of `steps` that weights remember, 1/(lr·λ·steps) (2405.13698); None for λ = 0: they forget nothing."""
-    product = learning_rate * weight_decay * steps
-    return 1.0 / product if product > 0 else None

@@ -138,12 +138,13 @@ class StudyDisplay:
 def _extrapolated(state: RunState) -> tuple[float, float] | None:
     """(whole duration, time left) of a run under way, in seconds; None before it has shown progress in this attempt."""
     progress: dict[str, Any] = state.progress or {}
-    done, total = float(progress.get("done", 0)), float(progress.get("total", 0))
-    if state.started is None or state.heartbeat is None or done <= 0 or total <= 0:
+    if state.heartbeat is None or "first_time" not in progress:
         return None
-    elapsed = state.heartbeat - state.started
-    whole = elapsed * total / done
-    return whole, max(0.0, whole - elapsed)
+    advanced, elapsed = progress["done"] - progress["first_done"], state.heartbeat - progress["first_time"]
+    if advanced <= 0 or elapsed <= 0:
+        return None
+    seconds_each = elapsed / advanced
+    return seconds_each * progress["total"], seconds_each * (progress["total"] - progress["done"])
 
 
 def _state(cell: PlannedCell) -> RunState | None:
@@ -170,7 +171,10 @@ def _left_text(seconds: float | None) -> str:
 
 def _headline(cell: PlannedCell) -> str:
     """The one number that a person waits for."""
-    results = RunFolder.open(cell.folder).results
+    try:
+        results = RunFolder.open(cell.folder).results
+    except UserError:
+        return ""
     if cell.kind == "pretrain":
         return f": held-out loss {results['held_out_loss']:.4f}"
     if cell.kind == "evaluate" and cell.task is not None:

@@ -5,22 +5,24 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_plasticity.config.analysis import AttentionConfig, OverfittingConfig, ProbesConfig
 from megatron_plasticity.config.base import Section
+from megatron_plasticity.config.deepspeed import accumulation_steps
 from megatron_plasticity.config.evaluation import EvaluateConfig
 from megatron_plasticity.config.hashing import config_hash
 from megatron_plasticity.config.load import check_config, merge, set_at
 from megatron_plasticity.config.study import StudyConfig
 from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig, TaskConfig
 from megatron_plasticity.data.prepare import prepared_folder
-from megatron_plasticity.errors import ConfigError
+from megatron_plasticity.errors import ConfigError, UserError
 from megatron_plasticity.evaluation.tasks import get_task
-from megatron_plasticity.optim.schedule import adamw_timescale
 
 # The two ways to state λ; an axis over one takes the place of the other in the base run.
 _DECAY_FIELDS = ("weight_decay", "adamw_timescale")
@@ -67,40 +69,51 @@ class StudyPlan:
     corpus_folder: Path | None = field(default=None)
     """Prepared corpus, if the study has one of its own."""
 
-    def children(self, cell: PlannedCell) -> list[PlannedCell]:
-        return [other for other in self.cells if other.parent == cell.id]
-
 
 def check_study(config: StudyConfig) -> list[PretrainConfig]:
     """The pretraining configs of the grid, in its order. Raises ConfigError with the problems of all of them."""
-    problems = []
+    problems: list[str] = []
     if config.tasks and (config.finetune is None or config.evaluate is None):
         problems.append("tasks are named, so `finetune` and `evaluate` must be there as well")
     if len({task.name for task in config.tasks}) != len(config.tasks):
         problems.append("tasks: a task is named twice")
-    for task in config.tasks:
-        get_task(task.name)
-    bases = []
-    for point in _points(config):
-        try:
-            bases.append(_pretrain_config(config, point))
-        except ConfigError as error:
-            problems.append(str(error))
-    names = [base.name for base in bases]
-    problems += [
-        f"axes: two points of the grid are both called {name!r}" for name in sorted({n for n in names if names.count(n) > 1})
-    ]
-    if config.finetune and bases and config.finetune.max_length > bases[0].model.context_length:
-        problems.append(
-            f"finetune.max_length={config.finetune.max_length} exceeds base.model.context_length={bases[0].model.context_length}"
-        )
     if config.evaluate and config.finetune and config.evaluate.template != config.finetune.template:
         problems.append(
             "evaluate.template differs from finetune.template: the models would be asked in a form they were not taught"
         )
+    points = _points(config)
+    bases: list[PretrainConfig] = []
+    for check in (
+        *(partial(get_task, task.name) for task in config.tasks),
+        *(partial(_check_base, config, point, bases) for point in points),
+    ):
+        try:
+            check()
+        except UserError as error:
+            problems += _lines_of(error)
     if problems:
+        # The points of a grid share their base, so that one mistake in it is found at each of them.
         raise ConfigError(f"study {config.name}:\n" + "\n".join(f"  {problem}" for problem in dict.fromkeys(problems)))
-    return bases
+    return _named(bases, points)
+
+
+def _check_base(config: StudyConfig, point: Mapping[str, Any], bases: list[PretrainConfig]) -> None:
+    """Append one point's pretraining config, not named yet. Raises ConfigError if it, or what follows from it, cannot work."""
+    base = _pretrain_config(config, point)
+    accumulation_steps(base.batch, config.resources.processes_per_run)
+    if config.finetune is not None:
+        accumulation_steps(config.finetune.batch, config.resources.processes_per_run)
+        if config.finetune.max_length > base.model.context_length:
+            raise ConfigError(
+                f"finetune.max_length={config.finetune.max_length} exceeds base.model.context_length={base.model.context_length}"
+            )
+    bases.append(base)
+
+
+def _lines_of(error: UserError) -> list[str]:
+    """The problems in a message, without the heading that says where in the grid they were found."""
+    heading, *rest = str(error).splitlines()
+    return [line.strip() for line in rest] or [heading]
 
 
 def plan_study(config: StudyConfig, corpus_hash: str) -> StudyPlan:
@@ -111,7 +124,7 @@ def plan_study(config: StudyConfig, corpus_hash: str) -> StudyPlan:
     cells: list[PlannedCell] = []
     for base, point in zip(check_study(config), _points(config), strict=True):
         weight_decay = base.weight_decay
-        timescale = adamw_timescale(base.optimizer.learning_rate, weight_decay, base.total_steps)
+        timescale = base.adamw_timescale
         common = {"point": point, "weight_decay": weight_decay, "adamw_timescale": timescale}
         pretrain = _cell("pretrain", base.name, base, {"corpus": corpus_hash}, **common)
         cells += [pretrain, *_descendants(config, base, pretrain, common)]
@@ -215,18 +228,26 @@ def _pretrain_config(config: StudyConfig, point: Mapping[str, Any]) -> PretrainC
     if config.corpus is not None:
         tree = merge(tree, {"data": {"folder": str(_corpus_folder(config))}})
     origin = "base with " + ", ".join(f"{path}={value}" for path, value in point.items())
-    unnamed = check_config(PretrainConfig, tree, origin)
-    return unnamed.model_copy(update={"name": _name(unnamed, point)})
+    return check_config(PretrainConfig, tree, origin)
 
 
-def _name(base: PretrainConfig, point: Mapping[str, Any]) -> str:
-    """λ first, in however it was stated, then the other axes by their last word."""
-    parts = [f"wd{base.weight_decay:.3g}"]
+def _named(bases: list[PretrainConfig], points: list[dict[str, Any]]) -> list[PretrainConfig]:
+    """The configs with a name each: λ first, however it was stated, then the other axes by their last word."""
+    for digits in (3, 6, 17):
+        names = [_name(base, point, digits) for base, point in zip(bases, points, strict=True)]
+        if len(set(names)) == len(names):
+            return [base.model_copy(update={"name": name}) for base, name in zip(bases, names, strict=True)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    raise ConfigError(f"axes: two points of the grid are the same: {', '.join(twice)}")
+
+
+def _name(base: PretrainConfig, point: Mapping[str, Any], digits: int) -> str:
+    parts = [f"wd{base.weight_decay:.{digits}g}"]
     for path, value in point.items():
         field_name = path.split(".")[-1]
         if field_name not in _DECAY_FIELDS:
-            parts.append(f"{field_name}{value:g}" if isinstance(value, int | float) else f"{field_name}{value}")
-    return "-".join(parts).replace("+", "").replace("/", "_").replace(" ", "")
+            parts.append(f"{field_name}{value:.{digits}g}" if isinstance(value, float) else f"{field_name}{value}")
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", "-".join(parts).replace("+", ""))
 
 
 def _corpus_folder(config: StudyConfig) -> Path | None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from megatron_plasticity.data.ledger import read_ledger
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.tracking.metrics import read_metrics
 from megatron_plasticity.tracking.run_folder import RunFolder, RunState
@@ -49,6 +50,12 @@ class TaskScores:
     metrics: Mapping[str, Estimate]
     greedy_correct: tuple[int, ...]
     examples: tuple[Mapping[str, Any], ...] = ()
+    grader: str | None = None
+    """What judged the answers; None where it was not kept."""
+    reward: str | None = None
+    """Kind of the reward behind `rm` and `orm`; None where it was not kept."""
+    questions_sha256: str | None = None
+    """Hash of the questions; None where it was not kept."""
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,8 @@ class BaseModel:
     probes: Cell | None = None
     attention: Cell | None = None
     overfitting: Cell | None = None
+    passes: float | None = None
+    """How often the run went over its training data, on average; None where that is not known."""
 
     @property
     def weight_decay(self) -> float:
@@ -166,7 +175,7 @@ def collect(study_folder: Path) -> StudyResults:
         config=config,
         corpus=study.get("corpus"),
         cells=cells,
-        groups=tuple(_groups(cells)),
+        groups=tuple(_groups(cells, config)),
         tasks=_task_names(config, cells),
     )
 
@@ -245,35 +254,53 @@ def _series(path: Path) -> dict[str, Series]:
     return {name: Series(tuple(steps), tuple(values)) for name, (steps, values) in columns.items()}
 
 
-def _groups(cells: tuple[Cell, ...]) -> Iterator[Group]:
+def _groups(cells: tuple[Cell, ...], config: Mapping[str, Any]) -> Iterator[Group]:
     by_label: dict[str, list[BaseModel]] = {}
     for cell in cells:
         if cell.kind == "pretrain":
             label = ", ".join(f"{path} = {value}" for path, value in cell.point.items() if path not in WEIGHT_DECAY_PATHS)
-            by_label.setdefault(label, []).append(_base_model(cell, cells))
+            by_label.setdefault(label, []).append(_base_model(cell, cells, config))
     for label, models in by_label.items():
         yield Group(label, tuple(sorted(models, key=lambda model: model.weight_decay)))
 
 
-def _base_model(pretrain: Cell, cells: tuple[Cell, ...]) -> BaseModel:
+def _base_model(pretrain: Cell, cells: tuple[Cell, ...], config: Mapping[str, Any]) -> BaseModel:
     children = [cell for cell in cells if cell.parent == pretrain.id]
     finetunes = {cell.task: cell for cell in children if cell.kind == "finetune" and cell.task}
     base: dict[str, TaskScores] = {}
     for cell in children:
         if cell.kind == "evaluate":
-            base |= _task_scores(cell)
+            base |= _task_scores(cell, config)
     finetuned: dict[str, TaskScores] = {}
     for task, finetune in finetunes.items():
         for cell in cells:
-            if cell.kind == "evaluate" and cell.parent == finetune.id and task in (scores := _task_scores(cell)):
+            if cell.kind == "evaluate" and cell.parent == finetune.id and task in (scores := _task_scores(cell, config)):
                 finetuned[task] = scores[task]
     analyses = {cell.kind: cell for cell in children if cell.status == "done"}
+    overfitting = analyses.get("overfitting")
     return BaseModel(
-        pretrain, base, finetuned, finetunes, analyses.get("probes"), analyses.get("attention"), analyses.get("overfitting")
+        pretrain=pretrain,
+        base_scores=base,
+        finetuned_scores=finetuned,
+        finetunes=finetunes,
+        probes=analyses.get("probes"),
+        attention=analyses.get("attention"),
+        overfitting=overfitting,
+        passes=_passes(pretrain, overfitting),
     )
 
 
-def _task_scores(cell: Cell) -> dict[str, TaskScores]:
+def _passes(pretrain: Cell, overfitting: Cell | None) -> float | None:
+    """From the overfitting run, or from the ledger of the pretraining run where an older overfitting run did not say."""
+    if overfitting is not None and (passes := number(overfitting.results.get("passes"))) is not None:
+        return passes
+    try:
+        return read_ledger(pretrain.folder).passes
+    except UserError:
+        return None
+
+
+def _task_scores(cell: Cell, config: Mapping[str, Any]) -> dict[str, TaskScores]:
     examples = cell.results.get("examples") or {}
     return {
         task: TaskScores(
@@ -284,6 +311,15 @@ def _task_scores(cell: Cell) -> dict[str, TaskScores]:
             metrics={name: found for name, value in (entry.get("metrics") or {}).items() if (found := estimate(value))},
             greedy_correct=tuple(int(correct) for correct in entry.get("greedy_correct") or ()),
             examples=tuple(examples.get(task) or ()),
+            grader=entry.get("grader"),
+            reward=_reward_kind(entry, config),
+            questions_sha256=entry.get("questions_sha256"),
         )
         for task, entry in (cell.results.get("tasks") or {}).items()
     }
+
+
+def _reward_kind(entry: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
+    """As the evaluation says, or, for one that does not, as the study's config asked."""
+    reward = entry.get("reward") or (config.get("evaluate") or {}).get("reward")
+    return str(reward["kind"]) if isinstance(reward, Mapping) and reward.get("kind") not in (None, "none") else None

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from multiprocessing.context import BaseContext
@@ -113,34 +114,36 @@ class _Slots:
 
     count: int
     threads: int
-    cuda: bool
+    devices: tuple[str, ...]
+    """GPUs that the study may use, by index; none on a CPU."""
     processes_per_run: int
     context: BaseContext
 
     @classmethod
     def of(cls, config: StudyConfig) -> _Slots:
-        import torch
-
-        cuda = torch.cuda.is_available() and config.base.get("device", "auto") != "cpu"
         resources = config.resources
-        available = torch.cuda.device_count() // resources.processes_per_run if cuda else _cores() // resources.threads
-        os.environ.setdefault("OMP_NUM_THREADS", str(resources.threads))
-        context = worker_context(JOB_MODULES, cuda)
-        return cls(resources.slots or max(1, available), resources.threads, cuda, resources.processes_per_run, context)
+        devices = _visible_devices() if config.base.get("device", "auto") != "cpu" else ()
+        places = len(devices) // resources.processes_per_run if devices else 0
+        if devices and (resources.slots or 1) > places:
+            raise UserError(
+                f"resources: {resources.slots or 1} slots of {resources.processes_per_run} processes need more than the "
+                f"{len(devices)} GPUs that are visible; lower resources.slots or resources.processes_per_run"
+            )
+        cores = _cores() // (resources.threads * resources.processes_per_run)
+        os.environ["OMP_NUM_THREADS"] = str(resources.threads)  # read when the fork server imports torch
+        context = worker_context(JOB_MODULES, cuda=bool(devices))
+        return cls(resources.slots or places or max(1, cores), resources.threads, devices, resources.processes_per_run, context)
 
     def start(self, slot: int, cell: PlannedCell) -> BaseProcess:
-        environment = {}
-        if self.cuda:
-            first = slot * self.processes_per_run
-            environment["CUDA_VISIBLE_DEVICES"] = ",".join(str(first + i) for i in range(self.processes_per_run))
+        devices = self.devices[slot * self.processes_per_run : (slot + 1) * self.processes_per_run]
         return start_worker(
             self.context,
             _run_cell,
-            (cell.kind, cell.config, self.processes_per_run),
+            (cell.kind, cell.config, self.processes_per_run, devices),
             name=cell.id,
             log=cell.folder / "log",
             threads=self.threads,
-            environment=environment,
+            environment={"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else None,
         )
 
     def run_alone(self, name: str, target: Any, arguments: tuple[Any, ...], log: Path, stop: StopSignal) -> None:
@@ -158,13 +161,42 @@ class _Slots:
             raise UserError(f"{name}: failed with exit code {process.exitcode}; see {log}\n{_tail(log)}")
 
 
-def _run_cell(kind: str, config: Any, processes: int) -> None:
+def _visible_devices() -> tuple[str, ...]:
+    """The GPUs that this process may use: those that CUDA_VISIBLE_DEVICES leaves, else all."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ()
+    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return tuple(named.split(",")) if named else tuple(str(index) for index in range(torch.cuda.device_count()))
+
+
+def _run_cell(kind: str, config: Any, processes: int, devices: Sequence[str]) -> None:
     """In a worker: one cell, in this process or, for training on several ranks, under the deepspeed launcher."""
-    if processes > 1 and kind in TRAINING_KINDS:
-        folder = RunFolder.open(_folder_of(kind, config))
-        subprocess.run(deepspeed_command(kind, folder.path / "config.yaml", processes), check=True)
-    else:
+    if processes == 1 or kind not in TRAINING_KINDS:
         job_for(kind)(config, NoProgress())
+        return
+    command = deepspeed_command(kind, _folder_of(kind, config) / "config.yaml", processes, devices)
+    # A session of its own, so that launcher and ranks can be reached together.
+    launcher = subprocess.Popen(command, start_new_session=True)
+    try:
+        exit_code = launcher.wait()
+    except BaseException:
+        _stop_group(launcher)
+        raise
+    if exit_code:
+        raise UserError(f"the deepspeed launcher ended with exit code {exit_code}; what the ranks said is above in this log")
+
+
+def _stop_group(launcher: subprocess.Popen[bytes]) -> None:
+    """Let every rank save and end; what does not end in time is killed."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(launcher.pid, signal.SIGTERM)
+        try:
+            launcher.wait(SECONDS_TO_STOP)
+        except subprocess.TimeoutExpired:
+            os.killpg(launcher.pid, signal.SIGKILL)
+            launcher.wait()
 
 
 def _folder_of(kind: str, config: Any) -> Path:
@@ -246,7 +278,11 @@ class _Runner:
 
 
 def _is_done(cell: PlannedCell) -> bool:
-    return (cell.folder / "state.json").is_file() and RunFolder.open(cell.folder).is_done
+    """Also false for a folder whose state cannot be read: its own run will fail and say why, and the others go on."""
+    try:
+        return (cell.folder / "state.json").is_file() and RunFolder.open(cell.folder).is_done
+    except UserError:
+        return False
 
 
 def _reason(cell: PlannedCell, exit_code: int) -> str:

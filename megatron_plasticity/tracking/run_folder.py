@@ -190,7 +190,6 @@ class RunFolder:
                 started=now,
                 heartbeat=now,
                 attempts=before.attempts + 1,
-                progress=before.progress,
             )
         )
 
@@ -220,7 +219,15 @@ class RunFolder:
         recent = state.heartbeat is not None and 0 <= now - state.heartbeat < SECONDS_BETWEEN_UPDATES
         if state.status != "running" or (recent and state.progress is not None and done < total):
             return
-        self._write(replace(state, heartbeat=now, progress={"done": done, "total": total, "unit": unit, **info}))
+        # Where this attempt, or this phase of it, began: what was done before tells nothing about its speed.
+        before = state.progress or {}
+        same_phase = (before.get("unit"), before.get("total")) == (unit, total)
+        begin = (
+            {"first_done": before["first_done"], "first_time": before["first_time"]}
+            if same_phase
+            else {"first_done": done, "first_time": now}
+        )
+        self._write(replace(state, heartbeat=now, progress={"done": done, "total": total, "unit": unit, **begin, **info}))
 
     def _write(self, state: RunState) -> None:
         state.write(self.path / "state.json")

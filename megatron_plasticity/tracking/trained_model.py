@@ -25,6 +25,9 @@ class TrainedModel:
     @classmethod
     def open(cls, path: Path) -> TrainedModel:
         """The model at a run folder (its latest checkpoint) or checkpoint folder. Raises UserError if it cannot be used."""
+        if (path / "state.json").is_file() and (run := RunFolder.open(path)).is_done:
+            # Exactly what the run ended with: an earlier checkpoint in place of a damaged one would be another model.
+            path = path / run.results["checkpoint"]
         checkpoint = open_checkpoint(path)
         return cls(checkpoint, RunFolder.containing(checkpoint.path))
 

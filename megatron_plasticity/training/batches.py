@@ -17,6 +17,7 @@ from megatron_plasticity.config.training import BatchConfig
 from megatron_plasticity.data.blocks import BlockReader
 from megatron_plasticity.data.order import SampleOrder
 from megatron_plasticity.data.sft import EncodedExample, collate
+from megatron_plasticity.errors import UserError
 from megatron_plasticity.parallel.grid import ProcessGrid
 
 
@@ -62,7 +63,14 @@ class FinetuneBatches:
     def __init__(
         self, examples: Sequence[EncodedExample], epochs: int, batch: BatchConfig, grid: ProcessGrid, seed: int, padding_id: int
     ) -> None:
-        self.steps = max(1, len(examples) * epochs // batch.global_batch_size)
+        """Raises UserError when all epochs together do not fill one global batch."""
+        self.steps = len(examples) * epochs // batch.global_batch_size
+        if not self.steps:
+            raise UserError(
+                f"task.train_examples: {len(examples)} usable examples times epochs={epochs} do not fill one batch of "
+                f"batch.global_batch_size={batch.global_batch_size}; raise task.train_examples or epochs, or lower "
+                "batch.global_batch_size"
+            )
         self._examples, self._batch, self._grid, self._padding_id = examples, batch, grid, padding_id
         self._order = SampleOrder(len(examples), seed)
 

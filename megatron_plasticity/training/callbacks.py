@@ -13,10 +13,10 @@ from torch import Tensor
 from megatron_plasticity.capture.recorder import Recorder
 from megatron_plasticity.capture.store import ActivationWriter
 from megatron_plasticity.config.analysis import CaptureConfig
+from megatron_plasticity.config.training import adamw_timescale
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.models.sizes import flops_per_token
 from megatron_plasticity.optim.decay import HEAD, TOKEN_EMBEDDING
-from megatron_plasticity.optim.schedule import adamw_timescale
 from megatron_plasticity.tracking.progress import Progress
 from megatron_plasticity.training.engine import TrainingEngine
 from megatron_plasticity.training.loop import Callback, StepOutcome
@@ -54,9 +54,7 @@ class TrainingMetrics(Callback):
         self._seconds += time.perf_counter() - began  # reading the loss waits for the kernels that a GPU has not finished
         tokens_per_second = self._tokens / self._seconds
         groups = self._engine.groups
-        # λ's effect per step is lr·λ, or (lr/lr_peak)·λ where the two are decoupled.
-        peak = self._engine.recipe.optimizer.learning_rate
-        decay = outcome.learning_rate * groups.weight_decay / (peak if groups.coupling == "independent" else 1.0)
+        decay = self._engine.recipe.optimizer.decay_per_step(groups.weight_decay, outcome.learning_rate)
         row = {
             "train/loss": loss,
             "train/learning_rate": outcome.learning_rate,
@@ -64,7 +62,7 @@ class TrainingMetrics(Callback):
             "train/gradient_norm": self._engine.gradient_norm,
             "train/tokens_per_second": tokens_per_second,
         }
-        timescale = adamw_timescale(1.0, decay, self._total)
+        timescale = adamw_timescale(decay, self._total)
         if timescale is not None:
             row["train/adamw_timescale"] = timescale
         utilisation = self._model_flops_utilisation(tokens_per_second)

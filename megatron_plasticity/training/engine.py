@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from megatron_plasticity.config.deepspeed import accumulation_steps, deepspeed_json, effective_zero_stage
 from megatron_plasticity.config.training import TrainingRecipe
+from megatron_plasticity.errors import UserError
 from megatron_plasticity.models.loss import TokenLoss
 from megatron_plasticity.models.transformer import Transformer
 from megatron_plasticity.optim.decay import DecayGroups, decay_groups, optimizer_groups
@@ -69,6 +70,9 @@ class TrainingEngine:
         if self._engine.is_gradient_accumulation_boundary() and self._norm_is_ours:
             self._gradient_norm = _global_norm(self.model)
         self._engine.step()
+        if self._engine.skipped_steps:
+            # DeepSpeed would go on, without Adam and without decay, and count this step as none.
+            raise UserError("DeepSpeed skipped an optimizer step: the gradient norm is not finite; lower the learning rate or λ")
         return losses.cross_entropy.detach().sum()
 
     def set_learning_rate(self, learning_rate: float) -> None:

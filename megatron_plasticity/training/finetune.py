@@ -48,7 +48,13 @@ def _finetune(config: FinetuneConfig, base: TrainedModel, folder: RunFolder, gri
     examples, without_response = _encoded(config, tokenizer)
     batches = FinetuneBatches(examples, config.epochs, config.batch, grid, config.seed, tokenizer.end_of_text)
     weight_decay = config.optimizer.resolved_weight_decay(batches.steps)
-    data_identity = {"base": base.identity, "task": config.task.model_dump(), "template": config.template, "seed": config.seed}
+    data_identity = {
+        "base": base.identity,
+        "task": config.task.model_dump(),
+        "template": config.template,
+        "max_length": config.max_length,
+        "seed": config.seed,
+    }
 
     model = Transformer(base.checkpoint.model)
     model.load_state_dict(base.checkpoint.tensors())

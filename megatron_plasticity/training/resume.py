@@ -36,7 +36,7 @@ class TrainerState:
 
     @classmethod
     def of(
-        cls, step: int, kind: str, run: str, groups: DecayGroups, recipe: TrainingRecipe, data: dict[str, Any]
+        cls, step: int, total_steps: int, kind: str, run: str, groups: DecayGroups, recipe: TrainingRecipe, data: dict[str, Any]
     ) -> TrainerState:
         optimizer = {
             "learning_rate": recipe.optimizer.learning_rate,
@@ -44,6 +44,7 @@ class TrainerState:
             "eps": recipe.optimizer.eps,
             "gradient_clip": recipe.optimizer.gradient_clip,
             "schedule": recipe.schedule.model_dump(),
+            "total_steps": total_steps,
         }
         data = {**data, "global_batch_size": recipe.batch.global_batch_size}
         return cls(step, kind, run, groups.to_json(), optimizer, data)

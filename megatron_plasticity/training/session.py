@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,9 @@ class TrainingSession:
             return
         assert self.log is not None
         self.log.sync()
-        state = TrainerState.of(step, self.kind, self.folder.path.name, self.engine.groups, self.recipe, self.data_identity)
+        state = TrainerState.of(
+            step, self.batches.steps, self.kind, self.folder.path.name, self.engine.groups, self.recipe, self.data_identity
+        )
         path = self.checkpoint_path(step)
         with explain_disk_errors(path):
             save_checkpoint(path, self.engine.model.config, state.to_json(), tensors)
@@ -109,25 +112,31 @@ def training_session(
     try:
         if source is not None and weights is not None:
             start_step = source.step
-            state = TrainerState.of(start_step, kind, folder.path.name, engine.groups, recipe, data_identity)
+            state = TrainerState.of(start_step, batches.steps, kind, folder.path.name, engine.groups, recipe, data_identity)
             check_continues(source, state, model.config, engine.groups)
-            if start_step > batches.steps:
+            is_own = source.path.parents[1] == folder.path
+            if start_step > batches.steps or (start_step == batches.steps and not is_own):
                 raise CheckpointError(
-                    f"{source.path}: at step {start_step}, beyond the {batches.steps} steps that the config asks for"
+                    f"{source.path}: at step {start_step}, not before the last of the {batches.steps} steps of this run"
                 )
             engine.restore(weights, {moment: source.tensors(moment) for moment in MOMENTS}, start_step)
         log = MetricLog(folder.metrics_path, start_step) if grid.is_main else None
         yield TrainingSession(folder, recipe, engine, batches, start_step, data_identity, kind, log)
     finally:
+        engine.close()
         if log is not None:
             log.close()
-        engine.close()
 
 
 @contextlib.contextmanager
 def held(folder: RunFolder, grid: ProcessGrid) -> Iterator[None]:
     """Run the folder inside the block, on the first rank; the others only compute."""
-    with folder.running() if grid.is_main else contextlib.nullcontext():
+    if not grid.is_main:
+        yield
+        return
+    with folder.running(), explain_disk_errors(folder.path):
+        for unfinished in (folder.path / "checkpoints").glob(".step-*.tmp"):  # of an attempt that was killed while writing
+            shutil.rmtree(unfinished)
         yield
 
 

@@ -1,34 +1,51 @@
-"""Ctrl-C and SIGTERM as a wish that the loop grants at the end of a step."""
+"""Ctrl-C and SIGTERM: as a wish that the training loop grants at the end of a step, and as an error everywhere else."""
 
 from __future__ import annotations
 
 import signal
 import threading
+import time
 from types import FrameType, TracebackType
 
+from megatron_plasticity.errors import Interrupted
+
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SECONDS_BEFORE_A_SECOND_CTRL_C = 3.0
 
 
 class StopSignal:
-    """Remembers the first SIGINT or SIGTERM inside a `with` block; the second one acts at once, as if nobody were listening."""
+    """Remembers the first SIGINT or SIGTERM inside a `with` block.
+
+    A launcher passes one Ctrl-C on to its ranks as several signals, so more of them change nothing: only a person who presses
+    Ctrl-C again, seconds later, gets what they would have got without us. What cannot wait is SIGKILL.
+    """
 
     def __init__(self) -> None:
         self.received: signal.Signals | None = None
-        self._before: dict[signal.Signals, object] = {}
+        self._received_at = 0.0
+        self._before: dict[signal.Signals, signal.Handlers] = {}
 
     def __enter__(self) -> StopSignal:
         if threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}
+            self._before = {number: signal.signal(number, self._remember) for number in SIGNALS}  # type: ignore[misc]  # enum or callable
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._restore()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        self._restore()
+        if self.received is None:
+            self.received, self._received_at = signal.Signals(number), time.monotonic()
+        elif number == signal.SIGINT and time.monotonic() - self._received_at > SECONDS_BEFORE_A_SECOND_CTRL_C:
+            raise KeyboardInterrupt
 
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)  # type: ignore[arg-type]
-        self._before = {}
+
+def raise_interrupted_on_sigterm() -> None:
+    """Let SIGTERM unwind the stack like Ctrl-C does, so that temporary files go away and states are written."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted("stopped by SIGTERM; run the same command again to go on", number)
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, interrupt)

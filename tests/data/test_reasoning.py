@@ -56,6 +56,41 @@ def test_reviews_of_the_test_side_are_not_told(monkeypatch) -> None:
     assert text
 
 
+def test_no_solution_of_a_test_problem_is_in_the_corpus() -> None:
+    corpus = "\n\n".join(text.replace("\n", " ") for text in texts(300))
+    tested = {
+        problem.ask(Random(0)).response.split(" The answer is")[0]
+        for family in ("arithmetic", "steps")
+        for problem in problems(family, "test")
+    }
+    trained = [problem.ask(Random(0)).response.split(" The answer is")[0] for problem in problems("arithmetic", "train")]
+    assert any(text in corpus for text in trained)
+    assert not [text for text in tested if text in corpus]
+
+
+def test_every_topic_occurs(monkeypatch) -> None:
+    seen: list[str] = []
+    piece_of = reasoning._piece_of
+    monkeypatch.setattr(reasoning, "_piece_of", lambda topic, *rest: seen.append(topic) or piece_of(topic, *rest))
+    texts(300)
+    assert set(seen) == set(reasoning._WEIGHTS) == {*FAMILIES, "facts", "recall", "reviews"}
+
+
+def test_recall_asks_for_the_pairs_that_it_listed_each_once_in_another_order() -> None:
+    forms, orders = Counter(), Counter()
+    for seed in range(100):
+        text = reasoning._piece_of("recall", THINGS, Random(seed))
+        listed, asked = text[: text.index(" The ")], re.findall(r"The (\w+) is (\w+)\.", text)
+        by_letter, by_number = re.findall(r"([A-D])\. (\w+)", listed), re.findall(r"([a-z]+) (\d+)[,.]", listed)
+        pairs = [(word, letter) for letter, word in by_letter] or by_number
+        assert len(pairs) == len({word for word, _ in pairs}) == 4
+        assert sorted(asked) == sorted(pairs)
+        forms["letters" if by_letter else "numbers"] += 1
+        orders[asked == pairs] += 1
+    assert min(forms.values()) > 20
+    assert orders[False] > 80
+
+
 def test_the_corpus_states_every_fact_of_the_world() -> None:
     text = " ".join(texts(5000))
     sentences = Counter(re.split(r"(?<=[.?])\s", text))

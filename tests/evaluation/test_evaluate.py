@@ -2,19 +2,20 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_plasticity.config.evaluation import EvaluateRecipe
+from megatron_plasticity.config.evaluation import EvaluateRecipe, RewardConfig
 from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.config.training import TaskConfig
 from megatron_plasticity.data.tokenizer import Tokenizer, train_byte_bpe
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.evaluation import evaluate
-from megatron_plasticity.evaluation.evaluate import evaluate_model
-from megatron_plasticity.evaluation.tasks import TASKS
+from megatron_plasticity.evaluation.evaluate import chance_of, evaluate_model, questions_sha256
+from megatron_plasticity.evaluation.tasks import TASKS, Example
 from megatron_plasticity.models.initialisation import initialise
 from megatron_plasticity.models.transformer import Transformer
 
@@ -56,7 +57,11 @@ def test_results_and_rows_have_the_documented_shape(tokenizer: Tokenizer) -> Non
     for name, task in results["tasks"].items():
         assert task["answer_kind"] == TASKS[name].answer_kind
         assert task["questions"] == QUESTIONS
-        assert 0 <= task["chance"] < 1
+        asked = TASKS[name].test(QUESTIONS, TaskConfig(name=name).seed)
+        assert task["chance"] == chance_of(asked)
+        assert task["questions_sha256"] == questions_sha256(asked)
+        assert task["reward"] == {"kind": "length"}
+        assert set(task["most_common_answer"]) == {"answer", "share"}
         assert len(task["greedy_correct"]) == QUESTIONS
         assert [len(row) for row in task["sampled_correct"]] == [SAMPLES] * QUESTIONS
         assert {"greedy", "maj", "rm", "pass", "orm", "format_rate"} <= set(task["metrics"])
@@ -83,7 +88,9 @@ def test_an_evaluation_is_a_function_of_its_seed_and_not_of_the_batch_size(token
 
 def test_no_scorer_means_no_reward_metrics_and_no_resamples_no_intervals(tokenizer: Tokenizer) -> None:
     results, rows = evaluate_model(_model(tokenizer), tokenizer, _recipe(bootstrap_resamples=0), ALL_TASKS[:1])
-    metrics = results["tasks"][ALL_TASKS[0].name]["metrics"]
+    task = results["tasks"][ALL_TASKS[0].name]
+    assert "reward" not in task
+    metrics = task["metrics"]
     assert not {"rm", "orm"} & set(metrics)
     assert all((metric["low"], metric["high"]) == (None, None) for metric in metrics.values())
     assert all(row["reward"] is None for row in rows)
@@ -111,13 +118,49 @@ def test_reference_responses_are_right_and_the_metrics_follow_their_definitions(
 
     monkeypatch.setattr(evaluate, "generate", fake_generate)
     results, rows = evaluate_model(_model(tokenizer), tokenizer, _recipe(), ALL_TASKS)
-    for task in results["tasks"].values():
+    for name, task in results["tasks"].items():
+        answers = [example.answer for example in TASKS[name].test(QUESTIONS, TaskConfig(name=name).seed)]
+        common = task["most_common_answer"]
+        assert common["share"] == max(map(answers.count, answers)) / QUESTIONS == answers.count(common["answer"]) / QUESTIONS
         values = {name: metric["value"] for name, metric in task["metrics"].items()}
         expected = {"greedy": 1.0, "maj": 3 / 5, "pass": 3 / 5, "correct_ratio": 0.5, "format_rate": 3 / 5 * 0.5}
         assert values == pytest.approx(expected)
         assert task["sampled_correct"] == [[0, 1, 0, 1] if question % 2 == 0 else [0] * 4 for question in range(QUESTIONS)]
     assert [row["correct"] for row in rows if row["pass"] == "greedy"] == [True] * len(TASKS) * QUESTIONS
     assert {row["extracted"] for row in rows if not row["correct"]} == {None}
+
+
+def test_chance_is_that_of_the_questions_asked() -> None:
+    def example(answer: str, options: int) -> Example:
+        return Example("", "", "", answer, tuple("ABCDEFGH"[:options]))
+
+    assert chance_of([example(answer, 0) for answer in ("1", "2", "2", "3")]) == 0.5
+    assert chance_of([example(answer, 4) for answer in "AABC"]) == 0.5
+    assert chance_of([example(answer, 4) for answer in "ABCD"]) == 0.25
+    assert chance_of([example(answer, 2) for answer in "CDEF"]) == 0.5
+    assert chance_of([*(example(answer, 4) for answer in "ABCD"), *(example(answer, 8) for answer in "EFGH")]) == 3 / 16
+    assert chance_of(TASKS["trials"].test(100, 0)) == 0.34
+    assert 0.25 <= chance_of(TASKS["categories"].test(500, 0)) < 0.33
+    assert 0.25 <= chance_of(TASKS["passage"].test(500, 0)) < 0.33
+
+
+def test_the_digest_of_the_questions_changes_with_each_of_its_parts() -> None:
+    first, second = TASKS["algebra"].test(2, 0)
+    digest = questions_sha256([first, second])
+    assert digest == questions_sha256([first, replace(second, response="another chain of thought")])
+    others = [replace(second, id="other"), replace(second, prompt="other"), replace(second, answer="other")]
+    changed = [[second, first], [first], *([first, other] for other in others)]
+    assert len({digest, *map(questions_sha256, changed)}) == 1 + len(changed)
+
+
+def test_most_common_answer() -> None:
+    assert evaluate._most_common_answer([None, "B", "Yes.", "yes", None, None]) == {"answer": "Yes", "share": 2 / 6}
+    assert evaluate._most_common_answer([None, None]) == {"answer": None, "share": 0.0}
+
+
+def test_the_reward_model_is_named() -> None:
+    config = RewardConfig(kind="sequence_classifier", model="folder/model")
+    assert evaluate._reward_record(config) == {"kind": "sequence_classifier", "model": "folder/model"}
 
 
 def test_prompts_longer_than_the_context_name_the_task_and_the_lengths(tokenizer: Tokenizer) -> None:

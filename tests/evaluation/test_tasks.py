@@ -61,15 +61,16 @@ def test_steps_has_up_to_eight_options() -> None:
     assert {len(e.choices) for e in TASKS["steps"].train(200, seed=0)} == {4, 6, 8}
 
 
-def test_chance() -> None:
-    for name in ("categories", "passage"):
-        assert 0.25 <= TASKS[name].chance < 0.33
-    assert 1 / 8 < TASKS["steps"].chance < 0.3
-    assert 1 / 3 <= TASKS["trials"].chance < 0.4
-    for name in ("arithmetic", "algebra"):
-        examples = TASKS[name].test(TASKS[name].size("test"), seed=3)
-        constant = Counter(e.answer for e in examples).most_common(1)[0][0]
-        assert TASKS[name].chance == sum(e.answer == constant for e in examples) / len(examples) < 0.15
+@pytest.mark.parametrize("side", ["train", "test"])
+def test_any_number_of_yes_no_maybe_questions_is_balanced(side: str) -> None:
+    task = TASKS["trials"]
+    for seed in range(3):
+        examples = task.train(1000, seed) if side == "train" else task.test(task.size("test"), seed)
+        answers = [example.answer for example in examples]
+        for count in range(1, len(answers) + 1):
+            counts = [answers[:count].count(answer) for answer in ("yes", "no", "maybe")]
+            assert max(counts) - min(counts) <= 1
+        assert len({tuple(answers[start : start + 3]) for start in range(0, 300, 3)}) == 6  # the number does not tell the answer
 
 
 def test_too_many_examples_are_refused() -> None:

@@ -6,8 +6,8 @@ import math
 
 import pytest
 
-from megatron_plasticity.config.training import OptimizerConfig, ScheduleConfig
-from megatron_plasticity.optim.schedule import adamw_timescale, learning_rate_at
+from megatron_plasticity.config.training import OptimizerConfig, ScheduleConfig, adamw_timescale
+from megatron_plasticity.optim.schedule import learning_rate_at
 
 
 def rates(total: int, **schedule: object) -> list[float]:
@@ -53,8 +53,8 @@ def test_phases_that_do_not_fit_are_refused() -> None:
 
 
 def test_timescale_is_the_inverse_of_its_definition() -> None:
-    assert adamw_timescale(1e-3, 0.5, 1000) == pytest.approx(2.0)
-    assert adamw_timescale(1e-3, 0.0, 1000) is None
+    assert adamw_timescale(1e-3 * 0.5, 1000) == pytest.approx(2.0)
+    assert adamw_timescale(0.0, 1000) is None
     config = OptimizerConfig(learning_rate=1e-3, adamw_timescale=2.0)
     assert config.resolved_weight_decay(1000) == pytest.approx(0.5)
     assert OptimizerConfig(learning_rate=1e-3, adamw_timescale=math.inf).resolved_weight_decay(1000) == 0.0
@@ -62,5 +62,5 @@ def test_timescale_is_the_inverse_of_its_definition() -> None:
 
 def test_the_papers_timescales() -> None:
     """Our arithmetic on the paper's best validation λ: 0.84 for 0.5B, 0.52 for 1B."""
-    assert adamw_timescale(2.5e-4, 0.5, 9537) == pytest.approx(0.84, abs=0.005)
-    assert adamw_timescale(2.0e-4, 0.5, 19073) == pytest.approx(0.52, abs=0.005)
+    assert adamw_timescale(2.5e-4 * 0.5, 9537) == pytest.approx(0.84, abs=0.005)
+    assert adamw_timescale(2.0e-4 * 0.5, 19073) == pytest.approx(0.52, abs=0.005)

@@ -74,6 +74,28 @@ def test_other_axes_are_in_the_name(tmp_path: Path) -> None:
     assert [base.name for base in check_study(study)] == ["wd0.1-seed1", "wd0.1-seed2"]
 
 
+def test_any_value_makes_a_name(tmp_path: Path) -> None:
+    study = small_study(tmp_path, {"axes": {"optimizer.weight_decay": [0.1], "optimizer.betas": [[0.9, 0.95], [0.9, 0.99]]}})
+    assert [base.name for base in check_study(study)] == ["wd0.1-betas_0.9_0.95_", "wd0.1-betas_0.9_0.99_"]
+
+
+def test_close_values_are_told_apart(tmp_path: Path) -> None:
+    study = small_study(tmp_path, {"axes": {"optimizer.weight_decay": [0.33331, 0.33332]}})
+    assert [base.name for base in check_study(study)] == ["wd0.33331", "wd0.33332"]
+
+
+def test_one_mistake_in_the_base_is_told_once(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as error:
+        check_study(small_study(tmp_path, {"base": {"stepps": 3}, "tasks": [{"name": "arithmetik"}]}))
+    assert str(error.value).count("stepps") == 1
+    assert "arithmetic" in str(error.value), "all problems at once"
+
+
+def test_independent_coupling_has_its_own_timescale(tmp_path: Path) -> None:
+    changes = {"base": {"optimizer": {"decay": {"coupling": "independent"}}}, "axes": {"optimizer.weight_decay": [0.01]}}
+    assert plan_study(small_study(tmp_path, changes), "h").cells[0].adamw_timescale == pytest.approx(1 / (0.01 * 6))
+
+
 def test_children_do_not_mirror_by_themselves(tmp_path: Path) -> None:
     for cell in plan_study(small_study(tmp_path), "a").cells:
         if isinstance(cell.config, PretrainConfig | FinetuneConfig):
@@ -94,10 +116,11 @@ def test_the_config_is_not_changed_by_planning(tmp_path: Path) -> None:
         ({"base": {"batch": {"micro_batch_size": 4}}}, r"micro_batch_size=4 must divide global_batch_size=2"),
         ({"base": {"stepps": 3}}, r"stepps: unknown key; did you mean 'steps'"),
         ({"axes": {"optimizer.wieght_decay": [1]}}, r"optimizer\.wieght_decay: unknown key; did you mean 'weight_decay'"),
+        ({"resources": {"processes_per_run": 3}}, r"cannot be split over 3 data-parallel ranks"),
         ({"finetune": None}, r"`finetune` and `evaluate` must be there"),
         ({"finetune": {"max_length": 1000}}, r"finetune\.max_length=1000 exceeds base\.model\.context_length=160"),
         ({"evaluate": {"template": "{prompt}"}}, r"evaluate\.template differs"),
-        ({"axes": {"optimizer.weight_decay": [0.1, "0.1"]}}, r"both called 'wd0\.1'"),
+        ({"axes": {"optimizer.weight_decay": [0.1, "0.1"]}}, r"two points of the grid are the same"),
     ],
 )
 def test_a_study_that_cannot_work_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:

@@ -24,6 +24,7 @@ from megatron_plasticity.models.loss import token_loss
 from megatron_plasticity.tracking.metrics import read_metrics
 from megatron_plasticity.tracking.progress import NoProgress
 from megatron_plasticity.tracking.run_folder import RunFolder
+from megatron_plasticity.tracking.trained_model import TrainedModel
 from megatron_plasticity.training.pretrain import pretrain, pretrain_folder
 from tests.ranks import run_on_ranks
 
@@ -91,6 +92,21 @@ def test_weight_and_update_norms_are_those_of_the_weights(pretrain_config: Make)
     assert row["weight_norm/norm"] == pytest.approx(math.sqrt(sum(float(after[n].square().sum()) for n in gains)), rel=1e-5)
     moved = math.sqrt(sum(float((after[n] - before[n]).square().sum()) for n in gains))
     assert row["update_norm/norm"] == pytest.approx(moved, rel=1e-4)
+
+
+def test_a_shower_of_signals_is_one_wish(pretrain_config: Make) -> None:
+    """A launcher turns one Ctrl-C into a SIGINT and a SIGTERM for each rank; the checkpoint must be written all the same."""
+
+    class Shower:
+        def update(self, done: float, total: float, unit: str, **info: float | str) -> None:
+            if done == 7:
+                for number in (signal.SIGINT, signal.SIGTERM, signal.SIGTERM):
+                    os.kill(os.getpid(), number)
+
+    config = pretrain_config()
+    with pytest.raises(Interrupted, match="SIGINT after step 7"):
+        pretrain(config, Shower())
+    assert open_checkpoint(pretrain_folder(config).path).step == 7
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -183,6 +199,40 @@ def test_a_full_disk_ends_clearly_and_loses_nothing(pretrain_config: Make, monke
     assert pretrain(config, NoProgress()).is_done
 
 
+def test_a_full_disk_while_writing_metrics(pretrain_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = pretrain_config()
+
+    def full(self: object, step: int, values: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("megatron_plasticity.tracking.metrics.MetricLog.write", full)
+    with pytest.raises(UserError, match="disk is full"):
+        pretrain(config, NoProgress())
+    monkeypatch.undo()
+    assert pretrain(config, NoProgress()).is_done
+
+
+def test_what_a_killed_attempt_left_is_cleared_away(pretrain_config: Make) -> None:
+    config = pretrain_config()
+    left = pretrain_folder(config).path / "checkpoints" / ".step-5.abc.tmp"
+    left.mkdir(parents=True)
+    (left / "weights-00001.safetensors").write_bytes(b"half")
+    pretrain(config, NoProgress())
+    assert not left.exists()
+
+
+@pytest.mark.parametrize(
+    "marker", ["{}", '{"model.json": 1}', "[", '{"model.json": {}, "trainer.json": {}, "weights-00001.safetensors": {}}']
+)
+def test_a_damaged_marker_is_no_marker(pretrain_config: Make, marker: str) -> None:
+    folder = pretrain(pretrain_config(), NoProgress())
+    (folder.path / "checkpoints" / "step-12" / "COMPLETE").write_text(marker)
+    with pytest.raises(CheckpointError, match="COMPLETE"):
+        open_checkpoint(folder.path / "checkpoints" / "step-12")
+    with pytest.raises(CheckpointError, match="step-12"):
+        TrainedModel.open(folder.path)  # not the model of step 10 in its place
+
+
 def resumed_from(make: Make, source: Path, changes: dict[str, object]) -> None:
     pretrain(make({"name": "other", "checkpoint": {"resume_from": str(source)}, **changes}), NoProgress())
 
@@ -201,7 +251,9 @@ def test_going_on_from_a_checkpoint_of_another_run(pretrain_config: Make, tmp_pa
         ({"optimizer": {"learning_rate": 0.1}}, r"optimizer\.learning_rate: checkpoint 0\.005, config 0\.1"),
         ({"model": {"mlp_hidden_size": 64}}, r"another model\n  model\.mlp_hidden_size: checkpoint 48, config 64"),
         ({"data": {"seed": 7}}, r"data\.seed: checkpoint 42, config 7"),
-        ({"steps": 3}, r"at step 12, beyond the 3 steps"),
+        ({"steps": 13}, r"optimizer\.total_steps: checkpoint 12, config 13"),
+        ({"optimizer": {"betas": [0.9, 0.99]}}, r"optimizer\.betas"),
+        ({}, r"at step 12, not before the last of the 12 steps"),
     ],
 )
 def test_a_checkpoint_that_disagrees_with_the_config_stops_with_a_diff(
@@ -246,6 +298,18 @@ def test_capture_does_not_change_training(pretrain_config: Make, tmp_path: Path)
     assert rows_without_time(with_capture) == rows_without_time(without)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_a_step_that_deepspeed_would_skip_is_an_error(pretrain_config: Make, zero_stage: int, precision: str) -> None:
+    """It would leave out Adam and the decay, and go on."""
+    changes = {
+        "engine": {"zero_stage": zero_stage, "precision": precision},
+        "optimizer": {"learning_rate": 1e25, "gradient_clip": 0.0},
+    }
+    with pytest.raises(UserError, match="not finite|training loss became"):
+        pretrain(pretrain_config(changes), NoProgress())
+
+
 def pretrain_on_a_rank(config: PretrainConfig) -> str:
     """For `run_on_ranks`."""
     return str(pretrain(config, NoProgress()).path)
@@ -269,6 +333,18 @@ def test_two_ranks_train_the_same_model(pretrain_config: Make, tmp_path: Path, z
     a, b = final_weights(alone), final_weights(together)
     assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-4
     assert together.results["checkpoint"] == "checkpoints/step-12"
+
+
+@pytest.mark.distributed
+def test_a_checkpoint_of_two_zero3_ranks_goes_on_as_one_process(pretrain_config: Make, tmp_path: Path) -> None:
+    alone = pretrain(pretrain_config({"output": str(tmp_path / "a")}), NoProgress())
+    on_two = pretrain_config({"output": str(tmp_path / "b"), "engine": {"zero_stage": 3}, "batch": {"micro_batch_size": 1}})
+    (path, _) = run_on_ranks(2, pretrain_on_a_rank, on_two, log=tmp_path / "log")
+    source = {"checkpoint": {"resume_from": f"{path}/checkpoints/step-5"}}
+    together = pretrain(pretrain_config({"output": str(tmp_path / "c"), **source}), NoProgress())
+    assert together.results["held_out_loss"] == pytest.approx(alone.results["held_out_loss"], rel=1e-5)
+    a, b = final_weights(alone), final_weights(together)
+    assert max(float((a[name] - b[name]).abs().max()) for name in a) < 1e-4
 
 
 def test_the_trainer_state_says_what_it_was_trained_on(pretrain_config: Make) -> None:

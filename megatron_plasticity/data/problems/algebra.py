@@ -26,8 +26,8 @@ class Equation:
     total: int
 
     @property
-    def key(self) -> Key:
-        return ("equation", self.factor, self.shift, self.total)
+    def keys(self) -> tuple[Key, ...]:
+        return (("equation", self.factor, self.shift, self.total),)
 
     @property
     def level(self) -> int:

@@ -9,6 +9,7 @@ from random import Random
 from typing import Literal
 
 from megatron_plasticity.data.problems.problem import PEOPLE, Family, Key, Question
+from megatron_plasticity.data.problems.split import two_step_windows
 
 THINGS = ("pens", "coins", "shells", "cards", "stones", "books", "cups", "stamps")
 _VERBS = {"+": ("buys", "finds", "gets"), "-": ("sells", "loses", "gives away")}
@@ -23,15 +24,15 @@ Term = tuple[Literal["+", "-"], int]
 class Sum:
     """`start`, and two or three numbers to add or take away; never below 0 and never above 12 on the way.
 
-    A single step would be learned by heart from any text; what is held out for tests is the combination of the first two.
+    A single step would be learned by heart from any text; what is held out for tests are combinations of two.
     """
 
     start: int
     terms: tuple[Term, ...]
 
     @property
-    def key(self) -> Key:
-        return ("sum", self.start, *(part for term in self.terms[:2] for part in term))
+    def keys(self) -> tuple[Key, ...]:
+        return two_step_windows(self.values, self.terms)
 
     @property
     def level(self) -> int:
@@ -63,7 +64,8 @@ class Sum:
 
     def tell(self, rng: Random) -> str:
         if rng.random() < 0.5:
-            return self._sentences()
+            # The ending keeps the calculation apart from one that may follow in the same document.
+            return f"{self._sentences()} That makes {self.values[-1]}."
         person, thing = rng.choice(PEOPLE), rng.choice(THINGS)
         deeds = " and ".join(f"{rng.choice(_PAST[sign])} {number}" for sign, number in self.terms)
         return f"{person} had {self.start} {thing} and {deeds}. {self._sentences()} So {person} had {self.values[-1]}."

@@ -26,8 +26,8 @@ class FactQuestion:
     wrong: tuple[str, ...]
 
     @property
-    def key(self) -> Key:
-        return ("categories", self.relation, self.thing.name)
+    def keys(self) -> tuple[Key, ...]:
+        return (("categories", self.relation, self.thing.name),)
 
     @property
     def level(self) -> int:

@@ -32,7 +32,8 @@ Event = tuple[str, Deed, str]
 class Passage:
     """Events (person, deed, object) in their order.
 
-    What is asked for is the object of `person`'s `deed`; if there are two, the first or the last.
+    What is asked for is the object of `person`'s `deed`; if there are two, the first or the last. Somebody else does the same, so
+    that three objects at least are options, and looking for an option that the passage mentions does not find the answer.
     """
 
     events: tuple[Event, ...]
@@ -41,15 +42,15 @@ class Passage:
     order: Order
 
     @property
-    def key(self) -> Key:
-        return ("passage", self.person, self.deed, self.order, *(part for event in self.events for part in event))
+    def keys(self) -> tuple[Key, ...]:
+        return (("passage", self.person, self.deed, self.order, *(part for event in self.events for part in event)),)
 
     @property
     def level(self) -> int:
-        """1 if one person does each deed once, 2 if a deed is done twice, 3 if two people do the same deeds."""
-        if len({person for person, _, _ in self.events}) > 1:
-            return 3
-        return 1 if self.order == "only" else 2
+        """1 if `person` does the deed once, 2 if twice, 3 if the other person does it twice as well."""
+        if self.order == "only":
+            return 1
+        return 3 if all(deed == self.deed for _, deed, _ in self.events) else 2
 
     @property
     def right(self) -> str:
@@ -94,19 +95,13 @@ class Passage:
 
 def _draw(rng: Random, level: int) -> Passage:
     person, other = rng.sample(PEOPLE, 2)
-    deeds: list[Deed] = rng.sample(list(WHAT), len(WHAT))
-    deed = deeds[0]
-    order: Order = "only"
-    events: list[Event] = []
-    if level == 1:
-        events.extend((person, each, rng.choice(WHAT[each])) for each in deeds)
-    elif level == 2:
-        order = rng.choice(("first", "last"))
-        events.extend((person, deed, what) for what in rng.sample(WHAT[deed], 2))
-        events.extend((person, each, rng.choice(WHAT[each])) for each in deeds[1:3])
-    else:
-        for each in deeds[:2]:
-            events.extend((who, each, what) for who, what in zip((person, other), rng.sample(WHAT[each], 2), strict=True))
+    deeds: list[Deed] = list(WHAT)
+    deed, another = rng.sample(deeds, 2)
+    order: Order = "only" if level == 1 else rng.choice(("first", "last"))
+    people = {1: (person, other, other), 2: (person, person, other), 3: (person, person, other, other)}[level]
+    events: list[Event] = [(who, deed, what) for who, what in zip(people, rng.sample(WHAT[deed], len(people)), strict=True)]
+    if level < 3:
+        events.append((person, another, rng.choice(WHAT[another])))
     rng.shuffle(events)
     return Passage(tuple(events), person, deed, order)
 

@@ -1,8 +1,8 @@
 """What a family of procedural problems is.
 
 A problem is its *content* (operands, facts, events). It can be asked as a task asks it, and told as a pretraining document
-tells it; the wording of both is drawn from a generator that is given. Two problems with equal keys belong to the same side
-of the train/test split whatever their wording.
+tells it; the wording of both is drawn from a generator that is given. The side of the train/test split depends on the keys of
+the content and never on the wording.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ class Question:
 
 class Problem(Protocol):
     @property
-    def key(self) -> Key:
-        """What the train/test split hashes: the sort of content, then the content itself, or the part of it that a test problem
-        must not share with training."""
+    def keys(self) -> tuple[Key, ...]:
+        """What the train/test split hashes (`split.side_of`). A key is the sort of content, then the content itself, or a part of
+        it that training must not share with test problems; most problems have a single one."""
         ...
 
     @property

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 from random import Random
-from typing import Literal
 
 from megatron_plasticity.data.problems import algebra, arithmetic, categories, passage, steps, trials
 from megatron_plasticity.data.problems.problem import Family, Problem
-from megatron_plasticity.data.problems.split import on_test_side
+from megatron_plasticity.data.problems.split import Side, side_of
 from megatron_plasticity.errors import UserError
-
-Side = Literal["train", "test"]
 
 LEAST_TRAIN, LEAST_TEST = 2000, 300
 
@@ -30,13 +28,18 @@ FAMILIES: dict[str, Family] = {
 
 def is_test(problem: Problem) -> bool:
     """Whether a problem belongs to the test side, decided by the hash of its content and never by its wording."""
-    return on_test_side(problem.key)
+    return side_of(problem.keys) == "test"
 
 
 @cache
 def problems(family: str, side: Side) -> tuple[Problem, ...]:
-    """All the problems of a family on one side, distinct, always in the same order."""
-    chosen = tuple(p for p in FAMILIES[family].problems() if is_test(p) == (side == "test"))
+    """All the problems of a family on one side, distinct, always in the same order.
+
+    Where the answer is yes, no or maybe, each answer is right equally often; the last problems of the others are left out.
+    """
+    chosen = tuple(p for p in FAMILIES[family].problems() if side_of(p.keys) == side)
+    if FAMILIES[family].answer_kind == "yes_no_maybe":
+        chosen = tuple(problem for turn in _in_turn(chosen) for problem in turn)
     least = LEAST_TRAIN if side == "train" else LEAST_TEST
     assert len(chosen) >= least, f"{family} has {len(chosen)} {side} problems, fewer than {least}"
     return chosen
@@ -45,6 +48,7 @@ def problems(family: str, side: Side) -> tuple[Problem, ...]:
 def draw_problems(family: str, side: Side, count: int, seed: int) -> list[Problem]:
     """`count` distinct problems in an order drawn from `seed`; a smaller count gives the beginning of a larger one.
 
+    Where the answer is yes, no or maybe, the answers take turns: their numbers differ by one at most, whatever the count.
     Raises `UserError` if the side has fewer.
     """
     available = problems(family, side)
@@ -53,5 +57,17 @@ def draw_problems(family: str, side: Side, count: int, seed: int) -> list[Proble
             f"task {family!r} has {len(available)} distinct {side} problems, {count} were asked for: "
             f"lower {side}_examples to at most {len(available)}"
         )
-    order = Random(f"{seed}/{family}/{side}").sample(range(len(available)), len(available))
-    return [available[index] for index in order[:count]]
+    rng = Random(f"{seed}/{family}/{side}")
+    drawn = rng.sample(available, len(available))
+    if FAMILIES[family].answer_kind == "yes_no_maybe":
+        # Each turn in an order of its own, so that a question's number does not give away its answer.
+        drawn = [problem for turn in _in_turn(drawn) for problem in rng.sample(turn, len(turn))]
+    return drawn[:count]
+
+
+def _in_turn(problems: Iterable[Problem]) -> list[tuple[Problem, ...]]:
+    """Turns of one problem for each answer, in the order given, until an answer runs out."""
+    by_answer: dict[str, list[Problem]] = {}
+    for problem in problems:
+        by_answer.setdefault(problem.ask(Random(0)).answer, []).append(problem)
+    return list(zip(*by_answer.values(), strict=False))

@@ -8,6 +8,7 @@ from random import Random
 from typing import Literal
 
 from megatron_plasticity.data.problems.problem import Family, Key, Question, in_order, inline_choice, lettered
+from megatron_plasticity.data.problems.split import two_step_windows
 
 _LARGEST = 12
 _OF_A_LENGTH = 2000
@@ -24,13 +25,8 @@ class Chain:
     steps: tuple[Step, ...]
 
     @property
-    def key(self) -> Key:
-        # Its first two steps, as `arithmetic` names them, so that neither family's training gives away the other's test problems.
-        signed = [
-            ("-" if verb == "take" else "+", number or before)
-            for (verb, number), before in zip(self.steps, self.values, strict=False)
-        ]
-        return ("sum", self.start, *(part for step in signed[:2] for part in step))
+    def keys(self) -> tuple[Key, ...]:
+        return two_step_windows(self.values, self._signed)
 
     @property
     def level(self) -> int:
@@ -45,10 +41,18 @@ class Chain:
             values.append({"add": values[-1] + number, "take": values[-1] - number, "double": 2 * values[-1]}[verb])
         return values
 
+    @property
+    def _signed(self) -> list[tuple[Literal["+", "-"], int]]:
+        """The steps as sums write them; doubling adds the value to itself."""
+        return [
+            ("-" if verb == "take" else "+", before if verb == "double" else number)
+            for (verb, number), before in zip(self.steps, self.values, strict=False)
+        ]
+
     def _sentences(self) -> list[str]:
         return [
-            f"{before} {'-' if verb == 'take' else '+'} {before if verb == 'double' else number} = {after}."
-            for (verb, number), before, after in zip(self.steps, self.values, self.values[1:], strict=False)
+            f"{before} {sign} {number} = {after}."
+            for (sign, number), before, after in zip(self._signed, self.values, self.values[1:], strict=False)
         ]
 
     def _wrong(self, rng: Random) -> list[str]:

@@ -30,8 +30,8 @@ class Trial:
     untreated: int
 
     @property
-    def key(self) -> Key:
-        return ("counts", self.treated, self.untreated)
+    def keys(self) -> tuple[Key, ...]:
+        return (("counts", self.treated, self.untreated),)
 
     @property
     def level(self) -> int:

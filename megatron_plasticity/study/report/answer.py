@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from megatron_plasticity.study.report.comparability import mixed_graders
 from megatron_plasticity.study.report.findings import Findings
 from megatron_plasticity.study.report.tables import decimals, percent
 from megatron_plasticity.study.results import Estimate, Group
@@ -32,7 +33,13 @@ class Answer:
 
 def answer(group: Group, found: Findings, tasks: Sequence[str]) -> Answer:
     """Put the findings on one group of base models into words."""
-    notes = [found.problem, _excluded(group, found), _unfinished_tasks(found, tasks), _edge_of_scores(found)]
+    notes = [
+        found.problem,
+        *mixed_graders(group.models, tasks),
+        _excluded(group, found),
+        _unfinished_tasks(found, tasks),
+        _edge_of_scores(found),
+    ]
     loss_caption = found.loss_statement if found.losses else ""
     return Answer(
         _cards(found), _verdict(group, found), tuple(note for note in notes if note), loss_caption, _rank_caption(found)
@@ -42,7 +49,7 @@ def answer(group: Group, found: Findings, tasks: Sequence[str]) -> Answer:
 def _cards(found: Findings) -> tuple[Card, ...]:
     cards = []
     if found.best_by_loss is not None:
-        note = f"{found.losses[found.best_by_loss]:.4f} nats per token. No interval: it would take several seeds per λ."
+        note = f"{found.losses[found.best_by_loss]:.4f} nats per token. {_loss_share(found)}"
         cards.append(Card("λ* by held-out loss", f"{found.best_by_loss:g}", note))
     if found.best is not None:
         cards.append(Card("λ* by score after fine-tuning", " = ".join(f"{d:g}" for d in _best_decays(found)), _score_note(found)))
@@ -52,6 +59,29 @@ def _cards(found: Findings) -> tuple[Card, ...]:
             note = "the size of the difference is not known" if found.advantage is None else f"{_points(found.advantage)} apart"
         cards.append(Card("Do they differ?", "no" if found.agree else "yes", note))
     return tuple(cards)
+
+
+def _loss_share(found: Findings) -> str:
+    paired = found.paired_losses
+    share = next(
+        (
+            row["share"]
+            for row in (paired["lowest_held_out_loss"]["distribution"] if paired else ())
+            if row["weight_decay"] == found.best_by_loss
+        ),
+        None,
+    )
+    if paired is None or share is None:
+        return "No interval: it would take several seeds per λ."
+    low, high = (paired["lowest_held_out_loss"][end] for end in ("low", "high"))
+    return (
+        f"Lowest in {100 * share:.0f}\u00a0% of the bootstrap resamples of {paired['held_out_sequences']} held-out sequences; "
+        f"{_middle(low, high)}. Other training seeds are not in this."
+    )
+
+
+def _middle(low: float, high: float) -> str:
+    return f"all of the middle 95\u00a0% choose {low:g}" if low == high else f"the middle 95\u00a0% choose {low:g} to {high:g}"
 
 
 def _best_decays(found: Findings) -> list[float]:
@@ -65,8 +95,7 @@ def _score_note(found: Findings) -> str:
     score = f"{percent(found.best['score'])}\u00a0% correct, mean of {_count(found.task_count, 'task')}."
     if len(found.mean_scores) < 2:
         return score
-    middle = f"all of the middle 95 % choose {low:g}" if low == high else f"the middle 95 % choose {low:g} to {high:g}"
-    return f"{score} Best in {100 * share:.0f}\u00a0% of the bootstrap resamples of the questions; {middle}."
+    return f"{score} Best in {100 * share:.0f}\u00a0% of the bootstrap resamples of the questions; {_middle(low, high)}."
 
 
 def _verdict(group: Group, found: Findings) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from megatron_plasticity.study.report.comparability import readability
 from megatron_plasticity.study.report.figures import internals, outcomes, training
 from megatron_plasticity.study.report.figures.svg import Palette, render
 from megatron_plasticity.study.report.figures.weight_decay_axis import WeightDecayAxis
@@ -55,13 +56,14 @@ class Draughtsman:
         figure = outcomes.loss_figure(self.models, self.palette, self.axis)
         return self._drawing(figure, "loss", "Held-out loss against weight decay", caption)
 
-    def tasks(self, tasks: Sequence[str]) -> list[Drawing]:
-        """One panel per task that has a score."""
+    def tasks(self, tasks: Sequence[str], readable: Mapping[str, Sequence[float]]) -> list[Drawing]:
+        """One panel per task that has a score. `readable`: how often the base models gave a readable answer."""
         return [
             self._drawing(
                 outcomes.task_figure(task, self.models, self.palette, self.axis),
                 f"task-{task}",
                 f"Score of {task} against weight decay",
+                readability(task, readable),
             )
             for task in tasks
             if any(task in model.base_scores or task in model.finetuned_scores for model in self.models)
@@ -76,7 +78,7 @@ class Draughtsman:
         return self._drawing(figure, "ranks", "Rank of each weight decay by held-out loss and by mean fine-tuned score", caption)
 
     def gaps(self) -> list[Drawing]:
-        """Train–validation gap against λ, and by tenth of the run."""
+        """Train–validation gap against λ, and by tenth of the run, or of its first pass if it went over the data again."""
         gaps = {d: found for d, results in self._results("overfitting") if (found := estimate(results.get("gap")))}
         deciles = {d: [estimate(v) for v in results.get("by_decile") or ()] for d, results in self._results("overfitting")}
         deciles = {d: values for d, values in deciles.items() if any(values)}
@@ -88,7 +90,9 @@ class Draughtsman:
                 )
             )
         if deciles:
-            drawings.append(self._drawing(outcomes.decile_figure(deciles, self.palette), "deciles", "Gap by tenth of the run"))
+            passes = max((m.passes for m in self.models if m.passes is not None and m.overfitting), default=1.0)
+            figure = outcomes.decile_figure(deciles, self.palette, passes)
+            drawings.append(self._drawing(figure, "deciles", "Gap by when the sequences were first seen"))
         return drawings
 
     def probes(self) -> dict[str, list[Drawing]]:
@@ -148,9 +152,9 @@ class Draughtsman:
         """Maps of a few heads (rows) for a few λ from the least to the greatest (columns)."""
         found = [(decay, results["example_maps"]) for decay, results in self._results("attention") if results.get("example_maps")]
         found = [found[index] for index in spread(len(found), _MOST_MAP_COLUMNS)]
-        heads = list(dict.fromkeys((example["layer"], example["head"]) for _, examples in found for example in examples))[
-            :_MOST_HEADS
-        ]
+        heads = _across_layers(
+            dict.fromkeys((example["layer"], example["head"]) for _, examples in found for example in examples)
+        )
         return [
             [
                 self._drawing(
@@ -189,6 +193,15 @@ class Draughtsman:
         for model in self.models:
             if (cell := get(model)) is not None:
                 yield model.weight_decay, cell.results
+
+
+def _across_layers(heads: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """A few (layer, head), ascending: the first head given of the first, a middle and the last layer, then further heads."""
+    given = list(heads)
+    layers = sorted({layer for layer, _ in given})
+    wanted = [layers[index] for index in spread(len(layers), _MOST_HEADS)]
+    first = [next(head for head in given if head[0] == layer) for layer in wanted]
+    return sorted([*first, *(head for head in given if head not in first)][:_MOST_HEADS])
 
 
 def spread(count: int, most: int) -> list[int]:

@@ -15,6 +15,8 @@ def limits(results: StudyResults) -> list[str]:
             _seeds(results),
             _intervals(results),
             _questions(results),
+            _sources(results),
+            _base_models_only(results),
             _grid(results),
             _comparisons(results),
         )
@@ -46,7 +48,8 @@ def _repetition(results: StudyResults) -> str:
         return ""
     return (
         f"Repetition. The corpus has {distinct:,.0f} training tokens, so the base models read it {max(tokens) / distinct:.1f} "
-        "times over, while the paper's models see each document at most once. Repetition makes overfitting, and what weight decay does about it, larger."
+        "times over, while the paper's models see each document at most once. Repetition makes overfitting, and what weight "
+        "decay does about it, larger."
     )
 
 
@@ -95,6 +98,32 @@ def _questions(results: StudyResults) -> str:
         f"Questions. A task is {span} test questions; at {counts[0]} questions an accuracy near one half is known to about "
         f"±{width:.0f} points. "
         "The tasks stand for kinds of tasks; a ranking of λ on them need not hold on others."
+    )
+
+
+def _sources(results: StudyResults) -> str:
+    kinds = {cell.kind for cell in results.cells}
+    if "pretrain" not in kinds:
+        return ""
+    topics = ((results.config.get("analyses") or {}).get("probes") or {}).get("datasets") or ()
+    documented = "probes" in kinds and "topic" in topics and bool((results.config.get("corpus") or {}).get("python_text"))
+    start = "The texts of the topic probe and the held-out documents come" if documented else "The held-out documents come"
+    return (
+        f"Sources. {start} from the same sources as the training text. Held-out documents were not trained on, but they are of "
+        "the same kind, so a held-out loss says little about text of another kind"
+        + ("; and passages of the topic probe may have been read in training." if documented else ".")
+    )
+
+
+def _base_models_only(results: StudyResults) -> str:
+    names = {"probes": "Probes", "attention": "spectra"}
+    found = [name for kind, name in names.items() if any(cell.kind == kind for cell in results.cells)]
+    if not found:
+        return ""
+    what = " and ".join(found)
+    return (
+        f"Base models only. {what[0].upper()}{what[1:]} were taken of the base models, not of the fine-tuned ones: they do not "
+        "show what fine-tuning changes inside a model."
     )
 
 

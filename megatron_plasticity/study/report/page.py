@@ -17,10 +17,12 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from megatron_plasticity.config.files import write_json_atomic, write_text_atomic
 from megatron_plasticity.study.report import tables
 from megatron_plasticity.study.report.answer import Answer, answer
+from megatron_plasticity.study.report.comparability import base_format_rates
 from megatron_plasticity.study.report.drawings import Draughtsman, Drawing
 from megatron_plasticity.study.report.figures.svg import Palette, drawing
 from megatron_plasticity.study.report.findings import Findings, find
 from megatron_plasticity.study.report.limits import limits
+from megatron_plasticity.study.report.loss_tables import model_table, paired_loss_caption, paired_loss_table
 from megatron_plasticity.study.report.plasticity_tables import LEGEND, TitledTable, plasticity_tables
 from megatron_plasticity.study.report.samples import LONGEST_ANSWER, SampleSet, sample_sets
 from megatron_plasticity.study.report.tables import Table
@@ -40,6 +42,8 @@ class GroupView:
     loss: Drawing | None
     ranks: Drawing | None
     model_table: Table
+    loss_differences: Table | None
+    loss_differences_caption: str
     tasks: list[Drawing]
     score_tables: Mapping[str, Table]
     plasticity_tables: list[TitledTable]
@@ -58,7 +62,7 @@ def write_report(study_folder: Path) -> Path:
     Works on a study in any state: what is missing is named. Raises UserError if the folder is no study.
     """
     results = collect(study_folder)
-    findings = [find(group, results.tasks) for group in results.groups]
+    findings = [find(group, results.tasks, results.config) for group in results.groups]
     folder = study_folder / "report"
     write_text_atomic(folder / "cells.csv", tables.csv_text(tables.CELL_COLUMNS, tables.cell_records(results)))
     write_text_atomic(folder / "scores.csv", tables.csv_text(tables.SCORE_COLUMNS, tables.score_records(results)))
@@ -86,16 +90,19 @@ def render_page(results: StudyResults, findings: list[Findings]) -> str:
 
 
 def _group_view(results: StudyResults, group: Group, found: Findings, draughtsman: Draughtsman) -> GroupView:
+    readable = base_format_rates(group.models, results.tasks)
     said = answer(group, found, results.tasks)
     return GroupView(
         label=group.label,
         answer=said,
         loss=draughtsman.loss(said.loss_caption),
         ranks=draughtsman.ranks(found.losses, found.mean_scores, said.rank_caption),
-        model_table=tables.model_table(group.models),
-        tasks=draughtsman.tasks(results.tasks),
+        model_table=model_table(group.models, found.paired_losses),
+        loss_differences=paired_loss_table(found.paired_losses),
+        loss_differences_caption=paired_loss_caption(found.paired_losses),
+        tasks=draughtsman.tasks(results.tasks, readable),
         score_tables={task: tables.score_table(task, group.models) for task in results.tasks},
-        plasticity_tables=plasticity_tables(found),
+        plasticity_tables=plasticity_tables(found, readable),
         samples=sample_sets(results.tasks, group.models),
         probes=draughtsman.probes(),
         pseudo_ranks=draughtsman.pseudo_ranks(),

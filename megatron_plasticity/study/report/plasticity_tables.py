@@ -7,11 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_plasticity.study.report.findings import MEAN, Findings
-from megatron_plasticity.study.report.tables import Entry, Table, decimals, estimate_entry, table
+from megatron_plasticity.study.report.tables import Entry, Table, decimals, estimate_entry, percent, table
 from megatron_plasticity.study.results import estimate
 
 LEGEND = (
     ("Gain", "score after fine-tuning minus score of the base model on the same questions, in percentage points"),
+    (
+        "Base has an answer",
+        "share of the base models' samples from which an answer can be read, mean over λ, and in brackets the least and the "
+        "greatest; where it is small, the gain also measures learning the form",
+    ),
     (
         "Best λ",
         "the λ with the highest score after fine-tuning; the range holds the middle 95 % of the choices that bootstrap "
@@ -45,14 +50,19 @@ class TitledTable:
     folded: bool = False
 
 
-def plasticity_tables(found: Findings) -> list[TitledTable]:
-    """Best λ, gains, loss against score, and discordant pairs; empty without any score."""
+def plasticity_tables(found: Findings, readable: Mapping[str, Sequence[float]]) -> list[TitledTable]:
+    """Best λ, gains, loss against score, and discordant pairs; empty without any score.
+
+    `readable` holds for each task how often each base model gave a readable answer.
+    """
     curves = found.curves
     if not curves:
         return []
     tables = [
         TitledTable("Best λ", _best(curves)),
-        TitledTable("Gain from fine-tuning at each λ, percentage points", _gains(curves, found.statistics["weight_decays"])),
+        TitledTable(
+            "Gain from fine-tuning at each λ, percentage points", _gains(curves, found.statistics["weight_decays"], readable)
+        ),
         TitledTable("Loss against score", _agreement(curves)),
     ]
     pairs = _discordant_pairs(curves)
@@ -95,12 +105,32 @@ def _at(curve: Mapping[str, Any], weight_decay: float, quantity: str) -> Any:
     return next((estimate(row.get(quantity)) for row in curve["scores"] if row["weight_decay"] == weight_decay), None)
 
 
-def _gains(curves: Mapping[str, Mapping[str, Any]], weight_decays: Sequence[float]) -> Table:
-    columns = {"task": False, **{f"λ = {decay:g}": True for decay in weight_decays}}
+def _gains(
+    curves: Mapping[str, Mapping[str, Any]], weight_decays: Sequence[float], readable: Mapping[str, Sequence[float]]
+) -> Table:
+    columns = {
+        "task": False,
+        **{f"λ = {decay:g}": True for decay in weight_decays},
+        **({"base has an answer %": True} if readable else {}),
+    }
     return table(
         columns,
-        [(_name(task), *(estimate_entry(_at(curve, d, "gain")) for d in weight_decays)) for task, curve in curves.items()],
+        [
+            (
+                _name(task),
+                *(estimate_entry(_at(curve, d, "gain")) for d in weight_decays),
+                *([_spread(readable.get(task, ()))] if readable else []),
+            )
+            for task, curve in curves.items()
+        ],
     )
+
+
+def _spread(rates: Sequence[float]) -> Entry:
+    """Mean of the rates over λ, with the least and the greatest."""
+    if not rates:
+        return Entry("–")
+    return Entry(percent(sum(rates) / len(rates)), f"{percent(min(rates))} to {percent(max(rates))}" if len(rates) > 1 else "")
 
 
 def _agreement(curves: Mapping[str, Mapping[str, Any]]) -> Table:

@@ -8,8 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_plasticity.study.report.figures.weight_decay_axis import timescale_text
-from megatron_plasticity.study.results import BaseModel, Cell, Estimate, StudyResults, TaskScores, estimate, number
+from megatron_plasticity.study.results import BaseModel, Cell, Estimate, StudyResults, TaskScores, number
 
 METRICS = {
     "greedy": ("greedy", "share of questions answered correctly at temperature 0"),
@@ -69,46 +68,12 @@ def estimate_entry(found: Estimate | None, *, share: bool = True, digits: int = 
     return Entry(show(found.value), f"{show(found.low)} to {show(found.high)}" if known else "")
 
 
-def model_table(models: Sequence[BaseModel]) -> Table:
-    """Loss of each base model."""
-    columns = {
-        "λ": True,
-        "AdamW timescale": True,
-        "held-out loss": True,
-        "seen loss": True,
-        "train–validation gap": True,
-        "steps": True,
-        "tokens": True,
-        "state": False,
-    }
-    rows = []
-    for model in models:
-        results = model.pretrain.results
-        gap = model.overfitting.results.get("gap") if model.overfitting else None
-        rows.append(
-            (
-                f"{model.weight_decay:g}",
-                timescale_text(model.pretrain.adamw_timescale, model.weight_decay),
-                decimals(model.held_out_loss, 4),
-                decimals(number(results.get("seen_loss")), 4),
-                estimate_entry(estimate(gap), share=False, digits=4),
-                _count(results.get("steps")),
-                _count(results.get("tokens")),
-                Entry(model.pretrain.status, look=model.pretrain.status),
-            )
-        )
-    return table(columns, rows)
-
-
-def _count(value: Any) -> str:
-    return f"{value:,}".replace(",", "\u202f") if isinstance(value, int) else "–"
-
-
 def score_table(task: str, models: Sequence[BaseModel]) -> Table:
     """Every metric of one task, for each base model before and after fine-tuning."""
     stages = [(model, stage, scores) for model in models for stage, scores in _stages(model, task)]
     found = [name for name in METRICS if any(scores and name in scores.metrics for _, _, scores in stages)]
-    columns = {"λ": True, "model": False, **{METRICS[name][0] + ("" if name == "orm" else " %"): True for name in found}}
+    rewards = {scores.reward for _, _, scores in stages if scores and scores.reward}
+    columns = {"λ": True, "model": False, **{_metric_heading(name, rewards): True for name in found}}
     rows = [
         (
             f"{model.weight_decay:g}",
@@ -118,6 +83,14 @@ def score_table(task: str, models: Sequence[BaseModel]) -> Table:
         for model, stage, scores in stages
     ]
     return table(columns, rows)
+
+
+def _metric_heading(metric: str, rewards: set[str]) -> str:
+    """Heading of a metric; it says so where the reward is a mere stand-in for a reward model."""
+    name = METRICS[metric][0]
+    if metric in ("rm", "orm") and rewards == {"length"}:
+        name += " (shortest answer; a stand-in, not a reward model)" if metric == "rm" else " (minus the number of characters)"
+    return name + ("" if metric == "orm" else " %")
 
 
 def _stages(model: BaseModel, task: str) -> list[tuple[str, TaskScores | None]]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from scipy.stats import rankdata
 
 from megatron_plasticity.study.report.figures.svg import ACCENT, GRID, INK, MUTED, SURFACE, Palette, panel
 from megatron_plasticity.study.report.figures.weight_decay_axis import WeightDecayAxis
@@ -118,36 +120,44 @@ def _estimates(
 
 
 def rank_figure(losses: Mapping[float, float], scores: Mapping[float, float], palette: Palette) -> Figure:
-    """Slope chart: rank of each λ by held-out loss at the left and by mean fine-tuned score at the right; 1 is best."""
-    by_loss = sorted(losses, key=losses.__getitem__)
-    by_score = sorted(scores, key=scores.__getitem__, reverse=True)
-    figure, axes = panel(440, 50 + 32 * len(by_loss), left=4, right=4, top=4, bottom=4)
-    for decay in by_loss:
-        left, right = by_loss.index(decay), by_score.index(decay)
-        axes.plot([0, 1], [left, right], color=palette[decay], linewidth=2.6, solid_capstyle="round")
-        axes.plot([0, 1], [left, right], "o", color=palette[decay], markersize=8, markeredgecolor=SURFACE)
-        axes.annotate(
-            f"{left + 1}{_GAP}λ = {decay:g}{_GAP}{losses[decay]:.3f}",
-            (0, left),
-            xytext=(-10, 0),
-            textcoords="offset points",
-            ha="right",
-            va="center",
-        )
-        axes.annotate(
-            f"{100 * scores[decay]:.1f} %{_GAP}λ = {decay:g}{_GAP}{right + 1}",
-            (1, right),
-            xytext=(10, 0),
-            textcoords="offset points",
-            ha="left",
-            va="center",
-        )
-    axes.set_ylim(len(by_loss) - 0.4, -0.9)
+    """Slope chart: rank of each λ by held-out loss at the left and by mean fine-tuned score at the right.
+
+    1 is best; equal λ share the average of their ranks.
+    """
+    decays = sorted(losses, key=losses.__getitem__)
+    left, right = _ranks(losses), _ranks({decay: -score for decay, score in scores.items()})
+    figure, axes = panel(440, 50 + 32 * len(decays), left=4, right=4, top=4, bottom=4)
+    for decay in decays:
+        axes.plot([0, 1], [left[decay], right[decay]], color=palette[decay], linewidth=2.6, solid_capstyle="round")
+        axes.plot([0, 1], [left[decay], right[decay]], "o", color=palette[decay], markersize=8, markeredgecolor=SURFACE)
+    look: dict[str, Any] = {"textcoords": "offset points", "va": "center"}
+    for rank, tied in _by_rank(left).items():
+        text = f"{rank:g}{_GAP}{tied}{_GAP}{losses[_first(left, rank)]:.3f}"
+        axes.annotate(text, (0, rank), xytext=(-10, 0), ha="right", **look)
+    for rank, tied in _by_rank(right).items():
+        text = f"{100 * scores[_first(right, rank)]:.1f} %{_GAP}{tied}{_GAP}{rank:g}"
+        axes.annotate(text, (1, rank), xytext=(10, 0), ha="left", **look)
+    axes.set_ylim(len(decays) + 0.6, 0.1)
     axes.set_xlim(-0.75, 1.75)
-    axes.text(0, -0.62, "rank by held-out loss", ha="center", color=MUTED)
-    axes.text(1, -0.62, "rank after fine-tuning", ha="center", color=MUTED)
+    axes.text(0, 0.38, "rank by held-out loss", ha="center", color=MUTED)
+    axes.text(1, 0.38, "rank after fine-tuning", ha="center", color=MUTED)
     axes.axis("off")
     return figure
+
+
+def _ranks(values: Mapping[float, float]) -> dict[float, float]:
+    """λ → rank of its value, the least being 1; equal values share the average of their ranks."""
+    found = rankdata([round(value, 12) for value in values.values()], method="average")  # sums in another order are equal
+    return {decay: float(rank) for decay, rank in zip(values, found, strict=True)}
+
+
+def _by_rank(ranks: Mapping[float, float]) -> dict[float, str]:
+    """Rank → the λ that have it, as a label."""
+    return {rank: "λ = " + ", ".join(f"{decay:g}" for decay in sorted(ranks) if ranks[decay] == rank) for rank in ranks.values()}
+
+
+def _first(ranks: Mapping[float, float], rank: float) -> float:
+    return next(decay for decay, found in ranks.items() if found == rank)
 
 
 def gap_figure(gaps: Mapping[float, Estimate], palette: Palette, axis: WeightDecayAxis) -> Figure:
@@ -161,8 +171,12 @@ def gap_figure(gaps: Mapping[float, Estimate], palette: Palette, axis: WeightDec
     return figure
 
 
-def decile_figure(deciles: Mapping[float, Sequence[Estimate | None]], palette: Palette) -> Figure:
-    """The gap by the tenth of the run in which the sequences were seen, one line per λ."""
+def decile_figure(deciles: Mapping[float, Sequence[Estimate | None]], palette: Palette, passes: float = 1.0) -> Figure:
+    """The gap by the tenth of the run in which the sequences were seen, one line per λ.
+
+    Of a run that went over its data more than once (`passes`), the tenths are those of its first pass, for in the later ones
+    every sequence came again.
+    """
     figure, axes = panel(380, 270)
     axes.axhline(0, color=INK, linewidth=0.9)
     count = max(len(values) for values in deciles.values())
@@ -174,8 +188,13 @@ def decile_figure(deciles: Mapping[float, Sequence[Estimate | None]], palette: P
             if value.low is not None and value.high is not None:
                 axes.plot([x, x], [value.low, value.high], color=palette[decay], linewidth=0.9, alpha=0.6)
     axes.set_xticks(range(1, count + 1))
-    axes.set_xlabel("tenth of the run in which the sequences were seen")
+    again = f"tenth of the first pass (each sequence was seen about {_times(passes)} times)"
+    axes.set_xlabel(again if passes > 1 else "tenth of the run in which the sequences were seen")
     axes.set_ylabel("held-out − seen loss (nats)")
     axes.set_title("Gap by when it was seen")
     axes.tick_params(axis="x", color=GRID)
     return figure
+
+
+def _times(passes: float) -> str:
+    return f"{passes:.0f}" if passes >= 10 else f"{passes:.2g}"

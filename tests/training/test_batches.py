@@ -1,0 +1,166 @@
+"""Batches: the same global batch whatever the layout, a permutation per epoch, and no more passes than were asked for."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_plasticity.config.training import BatchConfig
+from megatron_plasticity.data.blocks import BlockReader
+from megatron_plasticity.data.order import SampleOrder
+from megatron_plasticity.data.sft import EncodedExample
+from megatron_plasticity.data.token_store import TokenStore, TokenStoreWriter
+from megatron_plasticity.errors import ConfigError, UserError
+from megatron_plasticity.models.loss import IGNORE, token_loss
+from megatron_plasticity.parallel.grid import ProcessGrid
+from megatron_plasticity.training.batches import Batches, FinetuneBatches, PretrainBatches
+from megatron_plasticity.training.objective import training_loss
+
+PADDING = 0
+LAYOUTS = [(ranks, micro) for ranks in (1, 2, 4) for micro in (1, 2, 4, 8) if ranks * micro <= 8]
+Row = tuple[tuple[int, ...], tuple[int, ...]]
+
+
+def grid_of(rank: int, ranks: int) -> ProcessGrid:
+    return ProcessGrid(rank, ranks, torch.device("cpu"))
+
+
+def examples_of_unequal_lengths(count: int) -> list[EncodedExample]:
+    """Example i begins with the id i + 1, so it can be recognised; ids of prompts and responses do not overlap."""
+    return [
+        EncodedExample((i + 1, *range(100, 100 + i % 4), *range(200, 203 + i % 5)), prompt_length=1 + i % 4) for i in range(count)
+    ]
+
+
+def finetune_batches(count: int, epochs: int, size: int = 8, micro: int = 8, rank: int = 0, ranks: int = 1) -> FinetuneBatches:
+    batch = BatchConfig(global_batch_size=size, micro_batch_size=micro)
+    return FinetuneBatches(examples_of_unequal_lengths(count), epochs, batch, grid_of(rank, ranks), 42, PADDING)
+
+
+@pytest.fixture
+def reader(tmp_path: Path) -> BlockReader:
+    """11 blocks of 5 tokens, no two alike."""
+    with TokenStoreWriter(tmp_path / "store", 1000) as writer:
+        writer.add_document(range(1, 58))
+    return BlockReader(TokenStore(tmp_path / "store"), sequence_length=4)
+
+
+def pretrain_batches(reader: BlockReader, micro: int = 8, rank: int = 0, ranks: int = 1) -> PretrainBatches:
+    batch = BatchConfig(global_batch_size=8, micro_batch_size=micro)
+    return PretrainBatches(reader, SampleOrder(len(reader), 42), batch, grid_of(rank, ranks), steps=5)
+
+
+def unpadded(inputs: Tensor, targets: Tensor) -> list[Row]:
+    """Rows without the padding, whose width depends on the micro-batch."""
+    rows = []
+    for row, wanted in zip(inputs, targets, strict=True):
+        length = int((row != PADDING).sum())
+        assert (row[:length] != PADDING).all(), "padding is on the right"
+        assert (wanted[length:] == IGNORE).all(), "padding is not learned"
+        rows.append((tuple(row[:length].tolist()), tuple(wanted[:length].tolist())))
+    return rows
+
+
+def rows_of_step(of_ranks: list[Batches], step: int, micro: int) -> tuple[list[Row], int, int]:
+    """The global batch put together from its ranks, in the order of its samples; and the two token counts, equal on all."""
+    parts = [batches.step(step) for batches in of_ranks]
+    assert len({(part.target_tokens, part.input_tokens) for part in parts}) == 1
+    assert all(len(inputs) == micro for part in parts for inputs, _ in part.micro_batches)
+    rows = [
+        row
+        for accumulation in range(len(parts[0].micro_batches))
+        for part in parts
+        for row in unpadded(*part.micro_batches[accumulation])
+    ]
+    return rows, parts[0].target_tokens, parts[0].input_tokens
+
+
+@pytest.mark.parametrize(("ranks", "micro"), LAYOUTS)
+def test_pretraining_batches_do_not_depend_on_the_layout(reader: BlockReader, ranks: int, micro: int) -> None:
+    of_ranks: list[Batches] = [pretrain_batches(reader, micro, rank, ranks) for rank in range(ranks)]
+    order = SampleOrder(len(reader), 42)
+    for step in range(5):
+        rows, target_tokens, input_tokens = rows_of_step(of_ranks, step, micro)
+        blocks = [reader.read(int(block)).tolist() for block in order.blocks(8 * step, 8 * step + 8)]
+        assert rows == [(tuple(block[:-1]), tuple(block[1:])) for block in blocks]
+        assert target_tokens == input_tokens == 8 * 4
+
+
+@pytest.mark.parametrize(("ranks", "micro"), LAYOUTS)
+def test_finetuning_batches_do_not_depend_on_the_layout(ranks: int, micro: int) -> None:
+    of_ranks: list[Batches] = [finetune_batches(11, 4, micro=micro, rank=rank, ranks=ranks) for rank in range(ranks)]
+    whole: Batches = finetune_batches(11, 4)
+    assert {batches.steps for batches in of_ranks} == {whole.steps} == {5}
+    for step in range(whole.steps):
+        rows, target_tokens, input_tokens = rows_of_step(of_ranks, step, micro)
+        assert (rows, target_tokens, input_tokens) == rows_of_step([whole], step, 8)
+        assert target_tokens == sum(target != IGNORE for _, targets in rows for target in targets)
+        assert input_tokens == sum(len(inputs) for inputs, _ in rows)
+
+
+def test_a_step_does_not_depend_on_the_steps_before_it(reader: BlockReader) -> None:
+    for batches in (pretrain_batches(reader), finetune_batches(11, 4)):
+        late = rows_of_step([batches], 3, 8)
+        assert rows_of_step([batches], 0, 8) != late
+        assert rows_of_step([batches], 3, 8) == late
+
+
+def test_epochs_of_blocks_are_permutations(reader: BlockReader) -> None:
+    batches = pretrain_batches(reader)
+    seen = [rows for step in range(5) for rows in rows_of_step([batches], step, 8)[0]]
+    epochs = [seen[start : start + len(reader)] for start in (0, 11, 22)]
+    assert all(len(set(epoch)) == 11 for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2]
+
+
+@pytest.mark.parametrize(("count", "epochs", "steps"), [(11, 4, 5), (16, 2, 4), (8, 1, 1), (15, 1, 1), (3, 3, 1), (9, 7, 7)])
+def test_finetuning_makes_whole_batches_and_no_more_passes_than_epochs(count: int, epochs: int, steps: int) -> None:
+    batches = finetune_batches(count, epochs)
+    assert batches.steps == steps == count * epochs // 8
+    seen = [inputs[0] for step in range(steps) for inputs, _ in rows_of_step([batches], step, 8)[0]]
+    assert max(Counter(seen).values()) <= epochs
+    passes = [seen[start : start + count] for start in range(0, len(seen) - count + 1, count)]
+    assert all(sorted(one) == list(range(1, count + 1)) for one in passes)
+    assert count < 8 or len({tuple(one) for one in passes}) == len(passes), "each pass has an order of its own"
+
+
+@pytest.mark.parametrize(("count", "epochs"), [(7, 1), (2, 3), (1, 7)])
+def test_fewer_samples_than_a_batch_are_refused(count: int, epochs: int) -> None:
+    """A step on them would repeat examples more often than the config says."""
+    with pytest.raises(UserError, match=rf"task\.train_examples.*{count} usable.*epochs={epochs}.*batch\.global_batch_size=8"):
+        finetune_batches(count, epochs)
+
+
+def test_a_batch_that_ranks_cannot_share_is_refused() -> None:
+    with pytest.raises(ConfigError, match="multiple of 12"):
+        finetune_batches(16, 1, micro=4, ranks=3).step(0)
+
+
+def test_prompts_are_inputs_only() -> None:
+    """Other prompt ids of the same lengths change what is read and nothing of what is learned."""
+    batch = BatchConfig(global_batch_size=8, micro_batch_size=8)
+    first = examples_of_unequal_lengths(8)
+    second = [EncodedExample((*(299,) * e.prompt_length, *e.ids[e.prompt_length :]), e.prompt_length) for e in first]
+    steps = [FinetuneBatches(examples, 1, batch, grid_of(0, 1), 42, PADDING).step(0) for examples in (first, second)]
+    (inputs, targets), (other_inputs, other_targets) = (step.micro_batches[0] for step in steps)
+    assert not torch.equal(inputs, other_inputs)
+    assert torch.equal(targets, other_targets)
+    assert set(targets[targets != IGNORE].tolist()) <= set(range(200, 208)), "only ids of responses"
+
+
+@pytest.mark.parametrize("z_loss_weight", [0.0, 0.01])
+def test_what_is_predicted_on_prompts_and_padding_has_no_loss(z_loss_weight: float) -> None:
+    targets = finetune_batches(8, 1).step(0).micro_batches[0][1]
+    ignored = targets == IGNORE
+    logits = torch.randn(*targets.shape, 300, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    loss = training_loss(token_loss(logits, targets), targets, z_loss_weight)
+    loss.backward()
+    assert logits.grad is not None
+    assert not logits.grad[ignored].any()
+    assert logits.grad[~ignored].any(dim=-1).all()
+    changed = torch.where(ignored[..., None], -5 * logits.detach(), logits.detach())
+    assert torch.equal(training_loss(token_loss(changed, targets), targets, z_loss_weight), loss.detach())
