@@ -115,7 +115,7 @@ def task_curve(points: Sequence[GridPoint], task: str, resamples: int, seed: int
         for answers in (outcome.correct, outcome.base_correct):
             if answers is not None and len(answers) != questions:
                 raise UserError(
-                    f"task {task!r}: λ={decay:g} answered {len(answers)} test questions and λ={present[0][0]:g} {questions}; "
+                    f"task {task!r}: λ={decay:.3g} answered {len(answers)} test questions and λ={present[0][0]:.3g} {questions}; "
                     "scores can only be compared on the same questions, so evaluate all of them with one task config"
                 )
     _check_same_questions(task, present)
@@ -142,7 +142,7 @@ def _check_same_questions(task: str, present: Sequence[tuple[float, TaskOutcome]
                 known.setdefault(digest, decay)
     if len(known) > 1:
         one, other, *_ = known.values()
-        where = f"at λ={one:g} and λ={other:g}" if one != other else f"before and after fine-tuning at λ={one:g}"
+        where = f"at λ={one:.3g} and λ={other:.3g}" if one != other else f"before and after fine-tuning at λ={one:.3g}"
         raise UserError(
             f"task {task!r}: the test questions {where} are different ones; scores can only be compared on the same questions, "
             "so evaluate all of them with one task config"
@@ -324,7 +324,7 @@ def loss_curve_shape(weight_decays: Sequence[float], losses: Sequence[float | No
         raise ValueError("expected ascending λ and one loss (or None) for each")
     known = [(decay, loss) for decay, value in zip(weight_decays, losses, strict=True) if (loss := _finite(value)) is not None]
     missing = [decay for decay in weight_decays if decay not in {known_decay for known_decay, _ in known}]
-    absent = f" No loss is known at λ = {', '.join(f'{decay:g}' for decay in missing)}." if missing else ""
+    absent = f" No loss is known at λ = {', '.join(f'{decay:.3g}' for decay in missing)}." if missing else ""
     if not known:
         return {"inside": False, "missing": missing, "statement": "No held-out loss is known, so there is no curve."}
     values = [loss for _, loss in known]
@@ -335,14 +335,14 @@ def loss_curve_shape(weight_decays: Sequence[float], losses: Sequence[float | No
     if len(known) < 3:
         statement = f"Held-out loss is known at {len(known)} λ only: too few to say whether there is a minimum inside."
     elif inside:
-        statement = f"Held-out loss is lowest at λ = {decay:g}, inside the grid ({known[0][0]:g} to {known[-1][0]:g})."
+        statement = f"Held-out loss is lowest at λ = {decay:.3g}, inside the grid ({known[0][0]:.3g} to {known[-1][0]:.3g})."
     elif values[0] == lowest and values[-1] == lowest:
         statement = "Held-out loss is equally low at both ends of the grid: it has no minimum inside."
     else:
         end, direction = ("smallest", "smaller") if values[0] == lowest else ("largest", "larger")
         further = "" if end == "smallest" and known[0][0] == 0 else f"; the best λ may be {direction} than the grid reaches"
         end_decay = known[0 if end == "smallest" else -1][0]
-        statement = f"Held-out loss is lowest at λ = {end_decay:g}, the {end} of the grid: it has no minimum inside{further}."
+        statement = f"Held-out loss is lowest at λ = {end_decay:.3g}, the {end} of the grid: it has no minimum inside{further}."
     falls = all(a >= b for a, b in pairwise(values[: first + 1]))
     rises = all(a <= b for a, b in pairwise(values[first:]))
     return {

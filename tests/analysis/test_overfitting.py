@@ -103,6 +103,12 @@ def test_only_consumed_sequences_count_as_seen_and_each_decile_is_its_own(make_m
     assert (result["sequences"], result["held_out_sequences"]) == (20, 12)
     assert result["held_out_loss"] - result["seen_loss"] == pytest.approx(result["gap"]["value"])
     assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert result["passes"] == 30 / 40
+    assert result["seen_blocks"] == seen.asked
+    assert result["held_out_blocks"] == list(range(12))
+    assert np.mean(result["held_out_losses"]) == pytest.approx(result["held_out_loss"], abs=1e-6)
+    assert np.mean(result["seen_losses"]) == pytest.approx(result["seen_loss"], abs=1e-6)
+    assert all(loss == round(loss, 6) for loss in result["seen_losses"] + result["held_out_losses"])
     # Another model of the grid is measured on the same sequences.
     first = list(seen.asked)
     run_overfitting(make_model(seed=9), seen, held_out, ledger(30), "ab", recipe)  # type: ignore[arg-type]

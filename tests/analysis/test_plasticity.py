@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from megatron_plasticity.analysis.paired_losses import SequenceLosses
 from megatron_plasticity.analysis.plasticity import (
     GridPoint,
     TaskOutcome,
@@ -250,3 +251,22 @@ def test_shape_tells_the_rise_on_both_sides() -> None:
     assert loss_curve_shape([0.1, 1], [None, None])["statement"] == "No held-out loss is known, so there is no curve."
     with pytest.raises(ValueError, match="ascending"):
         loss_curve_shape([1, 0.1], [1, 2])
+
+
+def test_different_questions_are_refused_where_their_hash_is_known() -> None:
+    def point(decay: float, digest: str | None, base: str | None = None) -> GridPoint:
+        return GridPoint(decay, None, {"sums": TaskOutcome(answers(0.5), answers(0.1), digest, base)})
+
+    plasticity([point(0, "a", "a"), point(1, "a"), point(2, None)], resamples=20)
+    with pytest.raises(UserError, match="λ=0 and λ=1 are different"):
+        plasticity([point(0, "a"), point(1, "b")], resamples=20)
+    with pytest.raises(UserError, match="before and after fine-tuning at λ=0"):
+        plasticity([point(0, "a", "b")], resamples=20)
+
+
+def test_losses_of_single_sequences_are_compared() -> None:
+    points = [
+        GridPoint(decay, None, {}, SequenceLosses([1.0, 2.0], [2.0 + decay, 3.0 + decay], (0, 1), (0, 1))) for decay in (0.0, 1.0)
+    ]
+    assert plasticity(points, resamples=20)["paired_losses"]["neighbours"][0]["gap"]["value"] == pytest.approx(1)
+    assert "paired_losses" not in plasticity(points[:1], resamples=20)

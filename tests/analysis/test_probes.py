@@ -196,3 +196,11 @@ def test_a_diverged_model_is_named(make_model: Make) -> None:
         model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")  # type: ignore[union-attr,index]
     with pytest.raises(UserError, match=r"layers.1.resid_post are not finite"):
         run_probes(model, Bytes(), ProbesRecipe(datasets=("pair",), train_texts=20, test_texts=10))  # type: ignore[arg-type]
+
+
+def test_rounding_of_a_constant_feature_is_not_blown_up() -> None:
+    rounding = np.random.default_rng(0).normal(0, 1e-7, 50)
+    features = np.column_stack([1000 * (1 + rounding), np.random.default_rng(1).normal(1000, 1, 50)]).astype(np.float32)
+    scaled, _ = standardised(features.astype(np.float64), features[:1].astype(np.float64))
+    assert np.abs(scaled[:, 0]).max() < 0.01
+    assert scaled[:, 1].std() == pytest.approx(1)

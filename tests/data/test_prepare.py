@@ -60,7 +60,8 @@ def test_the_manifest_tells_what_is_in_the_folder(prepared: Path) -> None:
     manifest = read_manifest(prepared, full=True)
     assert {path.name for path in prepared.iterdir()} == {*manifest["files"], "manifest.json"}
     assert prepared.parent.joinpath(prepared.name) == prepared
-    assert [path.name for path in prepared.parent.iterdir()] == [prepared.name]
+    assert {path.name for path in prepared.parent.iterdir()} == {prepared.name, "tiny"}
+    assert (prepared.parent / "tiny").resolve() == prepared.resolve(), "the corpus can be named without its hash"
     sources, splits = manifest["sources"], manifest["splits"]
     assert sources["python_english"]["requested_bytes"] == 60_000
     assert sources["python_english"]["bytes"] >= 60_000

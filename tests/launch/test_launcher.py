@@ -64,9 +64,7 @@ def test_ctrl_c_under_the_launcher_saves_on_every_rank(pretrain_config: Callable
             deepspeed_command("pretrain", path, 2), env=environment, cwd=tmp_path, stdout=out, stderr=out, start_new_session=True
         )
         deadline = time.monotonic() + 120
-        while not list((tmp_path / "runs").glob("*/metrics.jsonl")) or not read_metrics(
-            next((tmp_path / "runs").glob("*/metrics.jsonl"))
-        ):
+        while not any(read_metrics(path) for path in (tmp_path / "runs").glob("*/metrics.jsonl")):
             assert launcher.poll() is None, (tmp_path / "out").read_text()[-3000:]
             assert time.monotonic() < deadline
             time.sleep(0.2)

@@ -49,6 +49,10 @@ class Fabrication:
     response: str = "3 boxes of 4 hold 3 * 4 = 12 pens. The answer is 12."
     token: str = "the"
     seed: int = 0
+    older: bool = False
+    """As written before results kept the losses of single sequences, the reward and the hash of the questions."""
+    graders: dict[str, str] = field(default_factory=dict)
+    """Cell id → grader other than `words`."""
 
 
 def fabricate(folder: Path, what: Fabrication = Fabrication()) -> Path:
@@ -246,6 +250,13 @@ def _evaluate(cell: dict[str, Any], what: Fabrication, generator: np.random.Gene
             "answer_kind": kind, "questions": what.questions, "chance": chance, "metrics": metrics,
             "greedy_correct": greedy.tolist(), "sampled_correct": sampled.tolist(),
         }  # fmt: skip
+        if not what.older:
+            metrics["rm"] = _interval(sampled[:, 0], generator)
+            tasks[task] |= {
+                "grader": what.graders.get(cell["id"], "words"),
+                "reward": {"kind": "length", "model": None},
+                "questions_sha256": sha256(task.encode()).hexdigest(),
+            }
         examples[task] = [
             {
                 "prompt": f"Question {index} of {task}: 3 boxes hold 4 pens each. How many pens?",
@@ -324,7 +335,18 @@ def _overfitting(cell: dict[str, Any], what: Fabrication, generator: np.random.G
 
     loss, gap = _loss(cell["weight_decay"]), 0.05 * math.exp(-2.5 * _strength(cell["weight_decay"]))
     deciles = [around(gap * (0.7 + 0.06 * decile) + generator.normal(0, 0.002), 0.008) for decile in range(10)]
-    return {"held_out_loss": loss, "seen_loss": loss - gap, "gap": around(gap, 0.004), "sequences": 512, "by_decile": deciles}
+    # Sequences differ in difficulty and are the same ones for every model.
+    difficulty = np.random.default_rng(1).normal(0, 0.4, 40)
+    difficulty -= difficulty.mean()
+    result = {"held_out_loss": loss, "seen_loss": loss - gap, "gap": around(gap, 0.004), "sequences": 512, "by_decile": deciles}
+    if what.older:
+        return result
+    return {
+        **result, "passes": STEPS * 32 * 256 / 400_000,
+        "seen_losses": (loss - gap + difficulty[:20] + generator.normal(0, 0.01, 20)).tolist(), "seen_blocks": list(range(20)),
+        "held_out_losses": (loss + difficulty[20:] + generator.normal(0, 0.01, 20)).tolist(),
+        "held_out_blocks": list(range(20)),
+    }  # fmt: skip
 
 
 if __name__ == "__main__":

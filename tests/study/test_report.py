@@ -6,13 +6,22 @@ import csv
 import json
 import re
 import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
+from megatron_plasticity.data.ledger import Ledger, write_ledger
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.study.report import write_report
+from megatron_plasticity.study.report.comparability import base_format_rates, readability
+from megatron_plasticity.study.report.drawings import across_layers
+from megatron_plasticity.study.report.figures.outcomes import average_ranks
+from megatron_plasticity.study.report.findings import find
+from megatron_plasticity.study.report.limits import limits
+from megatron_plasticity.study.report.loss_tables import model_table
+from megatron_plasticity.study.report.tables import score_table
 from megatron_plasticity.study.results import collect
 from tests.study.fabricate import TASKS, Fabrication, fabricate
 
@@ -242,6 +251,121 @@ def test_a_minimum_at_the_edge_is_said(tmp_path: Path) -> None:
 def test_repeated_text_is_said(whole: Path) -> None:
     page = (whole / "report" / "index.html").read_text()
     assert re.search(r"400,000 training tokens, so the base models read it [\d.]+ times over", page)
+
+
+def test_choices_by_loss_have_shares_and_neighbours_paired_differences(whole: Path) -> None:
+    words = Page((whole / "report" / "index.html").read_text(encoding="utf-8")).words
+    assert re.search(r"Lowest in \d+\xa0?\s?% of the bootstrap resamples of 20 held-out sequences", words)
+    assert "on the same 20 seen and 20 held-out sequences" in words
+    paired = json.loads((whole / "report" / "report.json").read_text())["groups"][0]["plasticity"]["paired_losses"]
+    assert [pair["weight_decays"] for pair in paired["neighbours"]] == [[0.0, 0.1], [0.1, 0.5], [0.5, 1.5], [1.5, 5.0]]
+
+
+def test_results_without_single_losses_still_have_a_report(tmp_path: Path) -> None:
+    html, page = page_of(fabricate(tmp_path / "study", Fabrication(questions=20, older=True)))
+    assert "No interval: it would take several seeds" in page.words
+    assert "Differences between neighbouring" not in page.words
+    assert "tenth of the run in which" in html
+    assert "tenth of the first pass" not in html
+
+
+def test_tenths_are_of_the_first_pass_when_text_was_read_again(whole: Path) -> None:
+    html = (whole / "report" / "index.html").read_text(encoding="utf-8")
+    assert "tenth of the first pass" in html
+    assert "each sequence was seen about 8 times" in html
+
+
+def test_passes_of_an_older_study_come_from_the_ledger(tmp_path: Path) -> None:
+    study = fabricate(tmp_path / "study", Fabrication(tasks=(), analyses=("overfitting",), older=True))
+    for model in collect(study).groups[0].models:
+        write_ledger(model.pretrain.folder, Ledger(1, 256, 10, "ab", 45))
+    assert [model.passes for model in collect(study).groups[0].models] == [4.5] * 5
+
+
+def test_losses_of_one_row_are_of_one_measurement(whole: Path) -> None:
+    model = collect(whole).groups[0].models[1]
+    assert model.overfitting
+    row = [field.text for field in model_table([model]).rows[0]]
+    loss, seen = (model.overfitting.results[key] for key in ("held_out_loss", "seen_loss"))
+    assert row[2:5] == [f"{loss:.4f}", f"{seen:.4f}", f"{loss - seen:.4f}"]
+    assert row[5] == "overfitting"
+    alone = [field.text for field in model_table([replace(model, overfitting=None)]).rows[0]]
+    assert alone[2] == f"{model.held_out_loss:.4f}"
+    assert alone[4:6] == ["–", "pretraining"]
+
+
+def test_unreadable_base_answers_are_said(whole: Path) -> None:
+    results = collect(whole)
+    rates = base_format_rates(results.groups[0].models, results.tasks)
+    share = sum(rates["algebra"]) / len(rates["algebra"])
+    assert readability("algebra", rates).startswith(f"Base models give a readable answer in {100 * share:.0f}\xa0% of samples")
+    assert readability("algebra", {"algebra": (0.9, 0.8)}) == ""
+    assert readability("algebra", {}) == ""
+    words = Page((whole / "report" / "index.html").read_text(encoding="utf-8")).words
+    assert words.count("so the gain also measures learning the form") == len(TASKS)
+    assert "base has an answer %" in words
+
+
+def test_the_shortest_answer_is_not_called_a_reward_model(whole: Path) -> None:
+    models = collect(whole).groups[0].models
+    assert "best by reward (shortest answer; a stand-in, not a reward model) %" in score_table("algebra", models).headings
+    model = models[0]
+    judged = replace(model, base_scores={}, finetuned_scores={
+        "algebra": replace(model.finetuned_scores["algebra"], reward="sequence_classifier")
+    })  # fmt: skip
+    assert "best by reward %" in score_table("algebra", [judged]).headings
+
+
+def test_unlike_graders_are_flagged(tmp_path: Path, whole: Path) -> None:
+    what = replace(SMALL, graders={"evaluate-wd0.5-trials": "math-verify"})
+    _, page = page_of(fabricate(tmp_path / "study", what))
+    assert (
+        "The answers of trials were judged by different graders (words at λ = 0, 0.5, 1.5; math-verify at λ = 0.5)" in page.words
+    )
+    assert "different graders" not in (whole / "report" / "index.html").read_text(encoding="utf-8")
+
+
+def test_a_score_has_the_interval_of_its_evaluation_everywhere(whole: Path) -> None:
+    results = collect(whole)
+    found = find(results.groups[0], results.tasks, results.config)
+    for model in results.groups[0].models:
+        own = model.finetuned_scores["steps"].metrics["greedy"]
+        row = next(r for r in found.curves["steps"]["scores"] if r["weight_decay"] == model.weight_decay)
+        assert (row["score"]["low"], row["score"]["high"]) == (own.low, own.high)
+
+
+def test_resamples_and_seed_are_those_of_the_evaluations(whole: Path) -> None:
+    results = collect(whole)
+
+    def area(**evaluate: int) -> dict[str, float]:
+        return find(results.groups[0], results.tasks, {"evaluate": evaluate}).curves["steps"]["area"]["score"]
+
+    assert area(bootstrap_resamples=50, seed=1) == area(bootstrap_resamples=50, seed=1)
+    assert area(bootstrap_resamples=50, seed=1) != area(bootstrap_resamples=50, seed=2)
+    assert area(bootstrap_resamples=50, seed=1) != area(bootstrap_resamples=60, seed=1)
+
+
+def test_attention_maps_span_the_layers() -> None:
+    heads = [(layer, head) for layer in range(7) for head in range(2)]
+    assert across_layers(heads) == [(0, 0), (3, 0), (6, 0)]
+    assert across_layers([(0, 0), (0, 1), (1, 0), (1, 1)]) == [(0, 0), (0, 1), (1, 0)]
+    assert across_layers([]) == []
+
+
+def test_equal_values_share_a_rank() -> None:
+    assert average_ranks({0.0: 2.0, 0.1: 1.0, 0.5: 2.0 + 1e-14}) == {0.0: 2.5, 0.1: 1.0, 0.5: 2.5}
+
+
+def test_limits_name_the_sources_and_what_was_not_probed(tmp_path: Path) -> None:
+    study = fabricate(tmp_path / "study", Fabrication(tasks=()))
+    config = {"corpus": {"python_text": {"megabytes": 1}}, "analyses": {"probes": {"datasets": ["topic"]}}}
+    said = " ".join(limits(replace(collect(study), config=config)))
+    assert "topic probe and the held-out documents come from the same sources as the training text" in said
+    assert "Probes and spectra were taken of the base models" in said
+    own = " ".join(limits(replace(collect(study), config={"corpus": {"python_text": None}})))
+    assert "The held-out documents come from the same sources" in own
+    bare = fabricate(tmp_path / "bare", Fabrication(tasks=(), analyses=()))
+    assert "Base models only" not in " ".join(limits(collect(bare)))
 
 
 def test_a_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:

@@ -306,7 +306,7 @@ def test_a_step_that_deepspeed_would_skip_is_an_error(pretrain_config: Make, zer
         "engine": {"zero_stage": zero_stage, "precision": precision},
         "optimizer": {"learning_rate": 1e25, "gradient_clip": 0.0},
     }
-    with pytest.raises(UserError, match="not finite|training loss became"):
+    with pytest.raises(UserError, match=r"not finite|training loss became"):
         pretrain(pretrain_config(changes), NoProgress())
 
 

@@ -50,9 +50,10 @@ def _cards(found: Findings) -> tuple[Card, ...]:
     cards = []
     if found.best_by_loss is not None:
         note = f"{found.losses[found.best_by_loss]:.4f} nats per token. {_loss_share(found)}"
-        cards.append(Card("λ* by held-out loss", f"{found.best_by_loss:g}", note))
+        cards.append(Card("λ* by held-out loss", f"{found.best_by_loss:.3g}", note))
     if found.best is not None:
-        cards.append(Card("λ* by score after fine-tuning", " = ".join(f"{d:g}" for d in _best_decays(found)), _score_note(found)))
+        best = " = ".join(f"{decay:.3g}" for decay in _best_decays(found))
+        cards.append(Card("λ* by score after fine-tuning", best, _score_note(found)))
     if found.best_by_loss is not None and found.best is not None and len(found.mean_scores) > 1:
         note = "the two choices coincide"
         if not found.agree:
@@ -76,12 +77,14 @@ def _loss_share(found: Findings) -> str:
     low, high = (paired["lowest_held_out_loss"][end] for end in ("low", "high"))
     return (
         f"Lowest in {100 * share:.0f}\u00a0% of the bootstrap resamples of {paired['held_out_sequences']} held-out sequences; "
-        f"{_middle(low, high)}. Other training seeds are not in this."
+        f"{_middle(low, high)}. Other training seeds are not counted in."
     )
 
 
 def _middle(low: float, high: float) -> str:
-    return f"all of the middle 95\u00a0% choose {low:g}" if low == high else f"the middle 95\u00a0% choose {low:g} to {high:g}"
+    return (
+        ("all of " if low == high else "") + f"the middle 95\u00a0% choose {low:.3g}" + (f" to {high:.3g}" if low < high else "")
+    )
 
 
 def _best_decays(found: Findings) -> list[float]:
@@ -102,14 +105,14 @@ def _verdict(group: Group, found: Findings) -> str:
     if found.best_by_loss is None:
         return "No base model has a held-out loss yet, so no λ can be recommended."
     if len(group.models) == 1:
-        return f"The study has one λ, {group.models[0].weight_decay:g}, so there is nothing to choose between."
-    by_loss = f"λ = {found.best_by_loss:g} has the least held-out loss"
+        return f"The study has one λ, {group.models[0].weight_decay:.3g}, so there is nothing to choose between."
+    by_loss = f"λ = {found.best_by_loss:.3g} has the least held-out loss"
     if found.best is None:
         return f"{by_loss}. No λ has fine-tuned scores on all tasks, so the study does not say which λ is best after fine-tuning."
     if len(found.mean_scores) == 1:
         only = next(iter(found.mean_scores))
         return (
-            f"{by_loss}. Only λ = {only:g} has fine-tuned scores on all tasks, so the study does not say which λ is best "
+            f"{by_loss}. Only λ = {only:.3g} has fine-tuned scores on all tasks, so the study does not say which λ is best "
             "after fine-tuning."
         )
     if found.agree:
@@ -117,10 +120,11 @@ def _verdict(group: Group, found: Findings) -> str:
             f"{by_loss} and the highest mean score after fine-tuning: here, choosing by loss and choosing by downstream score "
             "agree."
         )
-    start = f"{by_loss}, but λ = {found.best['weight_decay']:g} scores highest after fine-tuning"
+    start = f"{by_loss}, but λ = {found.best['weight_decay']:.3g} scores highest after fine-tuning"
     gained = found.advantage
     if gained is None or gained.low is None:
-        return f"{start}. Whether that is more than noise is not known, since λ = {found.best_by_loss:g} lacks fine-tuned scores."
+        lacking = f"λ = {found.best_by_loss:.3g} lacks fine-tuned scores"
+        return f"{start}. Whether that is more than noise is not known, since {lacking}."
     start += f", by {_points(gained)}. "
     if gained.low > 0:
         return start + (
@@ -144,7 +148,7 @@ def _edge_of_scores(found: Findings) -> str:
     if found.best is None or len(found.mean_scores) < 3 or found.best["weight_decay"] != max(found.mean_scores):
         return ""
     return (
-        f"The best λ by score, {found.best['weight_decay']:g}, is the largest that was compared: the score may go on rising "
+        f"The best λ by score, {found.best['weight_decay']:.3g}, is the largest that was compared: the score may go on rising "
         "beyond it."
     )
 
@@ -154,7 +158,7 @@ def _excluded(group: Group, found: Findings) -> str:
     if not found.mean_scores or not missing:
         return ""
     return (
-        f"Left out of the mean score, since scores of some tasks are missing: {listing(f'λ = {decay:g}' for decay in missing)}."
+        f"Left out of the mean score, since scores of some tasks are missing: {listing(f'λ = {decay:.3g}' for decay in missing)}."
     )
 
 

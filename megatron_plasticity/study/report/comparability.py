@@ -20,7 +20,7 @@ def mixed_graders(models: Sequence[BaseModel], tasks: Sequence[str]) -> list[str
                 if scores is not None and scores.grader:
                     decays.setdefault(scores.grader, {})[model.weight_decay] = None
         if len(decays) > 1:
-            used = "; ".join(f"{grader} at λ = {', '.join(f'{d:g}' for d in found)}" for grader, found in decays.items())
+            used = "; ".join(f"{grader} at λ = {', '.join(f'{d:.3g}' for d in found)}" for grader, found in decays.items())
             sentences.append(
                 f"The answers of {task} were judged by different graders ({used}), so its scores at these λ cannot be compared. "
                 "Evaluate them again where one grader is installed for all."

@@ -99,9 +99,11 @@ class Draughtsman:
         """Variant (`standardised`, `raw`) → one panel per labelled text set."""
         gathered: dict[str, dict[str, dict[float, Mapping[str, Any]]]] = {}
         chances: dict[str, float] = {}
+        texts: dict[str, float | None] = {}
         for decay, results in self._results("probes"):
             for dataset, entry in (results.get("datasets") or {}).items():
                 chances[dataset] = number(entry.get("chance")) or 0.0
+                texts[dataset] = number(entry.get("test_texts"))
                 for variant, table in (entry.get("variants") or {}).items():
                     gathered.setdefault(variant, {}).setdefault(dataset, {})[decay] = table
         drawings: dict[str, list[Drawing]] = {}
@@ -110,7 +112,8 @@ class Draughtsman:
                 accuracies = {decay: table["accuracy"] for decay, table in tables.items()}
                 points = next(iter(tables.values()))["points"]
                 figure = internals.probe_figure(dataset, accuracies, points, chances[dataset], self.palette)
-                drawn = self._drawing(figure, f"probe-{variant}-{dataset}", f"Probe accuracy per layer on {dataset}")
+                description = f"Probe accuracy per layer on {dataset}"
+                drawn = self._drawing(figure, f"probe-{variant}-{dataset}", description, _probe_precision(texts[dataset]))
                 drawings.setdefault(variant, []).append(drawn)
         return drawings
 
@@ -152,15 +155,13 @@ class Draughtsman:
         """Maps of a few heads (rows) for a few λ from the least to the greatest (columns)."""
         found = [(decay, results["example_maps"]) for decay, results in self._results("attention") if results.get("example_maps")]
         found = [found[index] for index in spread(len(found), _MOST_MAP_COLUMNS)]
-        heads = _across_layers(
-            dict.fromkeys((example["layer"], example["head"]) for _, examples in found for example in examples)
-        )
+        heads = across_layers(dict.fromkeys((example["layer"], example["head"]) for _, examples in found for example in examples))
         return [
             [
                 self._drawing(
-                    internals.attention_map_figure(f"λ = {decay:g}, layer {layer}, head {head}", example),
+                    internals.attention_map_figure(f"λ = {decay:.3g}, layer {layer}, head {head}", example),
                     f"map-{decay!r}-{layer}-{head}",
-                    f"Attention map of layer {layer}, head {head} at weight decay {decay:g}",
+                    f"Attention map of layer {layer}, head {head} at weight decay {decay:.3g}",
                 )
                 for decay, examples in found
                 for example in examples
@@ -195,7 +196,14 @@ class Draughtsman:
                 yield model.weight_decay, cell.results
 
 
-def _across_layers(heads: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+def _probe_precision(texts: float | None) -> str:
+    """How far an accuracy on so many test texts can be off: 1.96 standard errors at one half, where they are largest."""
+    if not texts:
+        return ""
+    return f"{texts:.0f} test texts: an accuracy is known to about ±{100 * 1.96 * (0.25 / texts) ** 0.5:.0f} points."
+
+
+def across_layers(heads: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
     """A few (layer, head), ascending: the first head given of the first, a middle and the last layer, then further heads."""
     given = list(heads)
     layers = sorted({layer for layer, _ in given})

@@ -18,12 +18,12 @@ def model_table(models: Sequence[BaseModel], paired: Mapping[str, Any] | None = 
     shares = {row["weight_decay"]: row["share"] for row in paired["lowest_held_out_loss"]["distribution"]} if paired else {}
     columns = {
         "λ": True,
-        "AdamW timescale": True,
+        "timescale": True,
         "held-out loss": True,
-        **({"lowest in % of resamples": True} if shares else {}),
+        **({"lowest %": True} if shares else {}),
         "seen loss": True,
-        "train–validation gap": True,
-        "losses measured by": False,
+        "gap": True,
+        "losses of": False,
         "steps": True,
         "tokens": True,
         "state": False,
@@ -31,12 +31,12 @@ def model_table(models: Sequence[BaseModel], paired: Mapping[str, Any] | None = 
     rows = []
     for model in models:
         results = model.pretrain.results
-        source, name = (model.overfitting.results, "overfitting run") if model.overfitting else (results, "pretraining run")
+        source, name = (model.overfitting.results, "overfitting") if model.overfitting else (results, "pretraining")
         losses = [number(source.get(key)) for key in ("held_out_loss", "seen_loss")]
         share = shares.get(model.weight_decay)
         rows.append(
             (
-                f"{model.weight_decay:g}",
+                f"{model.weight_decay:.3g}",
                 timescale_text(model.pretrain.adamw_timescale, model.weight_decay),
                 decimals(losses[0], 4),
                 *(["–" if share is None else f"{100 * share:.0f}"] if shares else []),
@@ -58,7 +58,7 @@ def paired_loss_table(paired: Mapping[str, Any] | None) -> Table | None:
     columns = {"from λ": True, "to λ": True, "change of the gap": True, "change of held-out loss": True}
     rows = [
         (
-            *(f"{decay:g}" for decay in pair["weight_decays"]),
+            *(f"{decay:.3g}" for decay in pair["weight_decays"]),
             estimate_entry(estimate(pair["gap"]), share=False, digits=4),
             estimate_entry(estimate(pair["held_out_loss"]), share=False, digits=4),
         )
@@ -71,7 +71,7 @@ def paired_loss_caption(paired: Mapping[str, Any] | None) -> str:
     """What the table of differences is, in words."""
     if not paired:
         return ""
-    left_out = ", ".join(f"{decay:g}" for decay in paired["left_out"])
+    left_out = ", ".join(f"{decay:.3g}" for decay in paired["left_out"])
     return (
         f"Change from one λ to the next in nats per token, on the same {paired['sequences']} seen and "
         f"{paired['held_out_sequences']} held-out sequences, which are resampled together: how hard the texts are cancels, so "

@@ -23,7 +23,7 @@ LEGEND = (
         "resamples of the questions make",
     ),
     (
-        "Over choosing by loss",
+        "Over loss’s choice",
         "score at the best λ minus score at the λ with the least held-out loss, with a paired interval. Since the best λ was "
         "picked on the same questions, it leans upwards",
     ),
@@ -79,19 +79,19 @@ def _best(curves: Mapping[str, Mapping[str, Any]]) -> Table:
         "best λ": True,
         "range of choices": True,
         "score there %": True,
-        "over choosing by loss, points": True,
+        "over loss’s choice, points": True,
         "area, score %": True,
         "area, gain": True,
     }
     rows = []
     for task, curve in curves.items():
         best = curve["best"]
-        tied = "".join(f" = {decay:g}" for decay in best["ties"])
+        tied = "".join(f" = {decay:.3g}" for decay in best["ties"])
         rows.append(
             (
                 _name(task),
-                f"{best['weight_decay']:g}" + tied,
-                f"{best['low']:g}" if best["low"] == best["high"] else f"{best['low']:g} to {best['high']:g}",
+                f"{best['weight_decay']:.3g}" + tied,
+                f"{best['low']:.3g}" if best["low"] == best["high"] else f"{best['low']:.3g} to {best['high']:.3g}",
                 estimate_entry(_at(curve, best["weight_decay"], "score")),
                 estimate_entry(estimate(curve.get("advantage"))),
                 estimate_entry(estimate(curve["area"].get("score"))),
@@ -110,7 +110,7 @@ def _gains(
 ) -> Table:
     columns = {
         "task": False,
-        **{f"λ = {decay:g}": True for decay in weight_decays},
+        **{f"λ = {decay:.3g}": True for decay in weight_decays},
         **({"base has an answer %": True} if readable else {}),
     }
     return table(
@@ -119,15 +119,18 @@ def _gains(
             (
                 _name(task),
                 *(estimate_entry(_at(curve, d, "gain")) for d in weight_decays),
-                *([_spread(readable.get(task, ()))] if readable else []),
+                *([_readable_entry(task, readable)] if readable else []),
             )
             for task, curve in curves.items()
         ],
     )
 
 
-def _spread(rates: Sequence[float]) -> Entry:
-    """Mean of the rates over λ, with the least and the greatest."""
+def _readable_entry(task: str, readable: Mapping[str, Sequence[float]]) -> Entry:
+    """Mean of the rates over λ, with the least and the greatest; for the mean of tasks the mean alone."""
+    if task == MEAN:
+        return Entry(percent(sum(sum(rates) / len(rates) for rates in readable.values()) / len(readable)))
+    rates = readable.get(task, ())
     if not rates:
         return Entry("–")
     return Entry(percent(sum(rates) / len(rates)), f"{percent(min(rates))} to {percent(max(rates))}" if len(rates) > 1 else "")
@@ -169,8 +172,8 @@ def _discordant_pairs(curves: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = [
         (
             _name(task),
-            f"{pair['better_loss']:g}",
-            f"{pair['better_score']:g}",
+            f"{pair['better_loss']:.3g}",
+            f"{pair['better_score']:.3g}",
             decimals(pair["loss_difference"], 4),
             estimate_entry(estimate(pair["score_difference"])),
             _p_value(pair.get("bootstrap_p")),

@@ -52,7 +52,7 @@ def sample_sets(tasks: Sequence[str], models: Sequence[BaseModel]) -> list[Sampl
                 found = getattr(model, scores).get(task)
                 for example in found.examples if found else ():
                     _right, rows = asked.setdefault(str(example.get("prompt", "")), (str(example.get("answer", "")), []))
-                    rows.append(_answer(f"{model.weight_decay:g}", stage, example))
+                    rows.append(_answer(f"{model.weight_decay:.3g}", stage, example))
         questions = [Question(shorten(prompt, _LONGEST_PROMPT), right, tuple(rows)) for prompt, (right, rows) in asked.items()]
         if questions:
             sets.append(SampleSet(task, tuple(questions[:_QUESTIONS])))

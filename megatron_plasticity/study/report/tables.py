@@ -76,7 +76,7 @@ def score_table(task: str, models: Sequence[BaseModel]) -> Table:
     columns = {"λ": True, "model": False, **{_metric_heading(name, rewards): True for name in found}}
     rows = [
         (
-            f"{model.weight_decay:g}",
+            f"{model.weight_decay:.3g}",
             stage,
             *(estimate_entry(scores.metrics.get(name) if scores else None, share=name != "orm") for name in found),
         )
@@ -106,7 +106,7 @@ def cell_table(cells: Sequence[Cell]) -> Table:
             (
                 cell.id,
                 cell.kind,
-                f"{cell.weight_decay:g}",
+                f"{cell.weight_decay:.3g}",
                 cell.task or "",
                 Entry(cell.status, look=cell.status),
                 duration(cell.seconds),

@@ -32,7 +32,7 @@ def loss_figure(models: Sequence[BaseModel], palette: Palette, axis: WeightDecay
         margin = (high - low or 0.1) * 0.12
         axes.set_ylim(low - 2.2 * margin, high + margin)
         axes.annotate(
-            f"least loss: λ = {best:g}, {points[best]:.3f}",
+            f"least loss: λ = {best:.3g}, {points[best]:.3f}",
             (axis(best), points[best]),
             xytext=(0, -13),
             textcoords="offset points",
@@ -125,7 +125,7 @@ def rank_figure(losses: Mapping[float, float], scores: Mapping[float, float], pa
     1 is best; equal λ share the average of their ranks.
     """
     decays = sorted(losses, key=losses.__getitem__)
-    left, right = _ranks(losses), _ranks({decay: -score for decay, score in scores.items()})
+    left, right = average_ranks(losses), average_ranks({decay: -score for decay, score in scores.items()})
     figure, axes = panel(440, 50 + 32 * len(decays), left=4, right=4, top=4, bottom=4)
     for decay in decays:
         axes.plot([0, 1], [left[decay], right[decay]], color=palette[decay], linewidth=2.6, solid_capstyle="round")
@@ -145,7 +145,7 @@ def rank_figure(losses: Mapping[float, float], scores: Mapping[float, float], pa
     return figure
 
 
-def _ranks(values: Mapping[float, float]) -> dict[float, float]:
+def average_ranks(values: Mapping[float, float]) -> dict[float, float]:
     """λ → rank of its value, the least being 1; equal values share the average of their ranks."""
     found = rankdata([round(value, 12) for value in values.values()], method="average")  # sums in another order are equal
     return {decay: float(rank) for decay, rank in zip(values, found, strict=True)}
@@ -153,7 +153,8 @@ def _ranks(values: Mapping[float, float]) -> dict[float, float]:
 
 def _by_rank(ranks: Mapping[float, float]) -> dict[float, str]:
     """Rank → the λ that have it, as a label."""
-    return {rank: "λ = " + ", ".join(f"{decay:g}" for decay in sorted(ranks) if ranks[decay] == rank) for rank in ranks.values()}
+    tied = {rank: [decay for decay in sorted(ranks) if ranks[decay] == rank] for rank in ranks.values()}
+    return {rank: "λ = " + ", ".join(f"{decay:.3g}" for decay in decays) for rank, decays in tied.items()}
 
 
 def _first(ranks: Mapping[float, float], rank: float) -> float:
@@ -177,7 +178,7 @@ def decile_figure(deciles: Mapping[float, Sequence[Estimate | None]], palette: P
     Of a run that went over its data more than once (`passes`), the tenths are those of its first pass, for in the later ones
     every sequence came again.
     """
-    figure, axes = panel(380, 270)
+    figure, axes = panel(380, 286, bottom=58)
     axes.axhline(0, color=INK, linewidth=0.9)
     count = max(len(values) for values in deciles.values())
     for index, (decay, values) in enumerate(deciles.items()):
@@ -188,7 +189,7 @@ def decile_figure(deciles: Mapping[float, Sequence[Estimate | None]], palette: P
             if value.low is not None and value.high is not None:
                 axes.plot([x, x], [value.low, value.high], color=palette[decay], linewidth=0.9, alpha=0.6)
     axes.set_xticks(range(1, count + 1))
-    again = f"tenth of the first pass (each sequence was seen about {_times(passes)} times)"
+    again = f"tenth of the first pass\n(each sequence was seen about {_times(passes)} times)"
     axes.set_xlabel(again if passes > 1 else "tenth of the run in which the sequences were seen")
     axes.set_ylabel("held-out − seen loss (nats)")
     axes.set_title("Gap by when it was seen")
@@ -197,4 +198,4 @@ def decile_figure(deciles: Mapping[float, Sequence[Estimate | None]], palette: P
 
 
 def _times(passes: float) -> str:
-    return f"{passes:.0f}" if passes >= 10 else f"{passes:.2g}"
+    return f"{passes:.0f}" if passes >= 3 else f"{passes:.1f}"

@@ -46,7 +46,7 @@ class WeightDecayAxis:
         """Ticks, label and break mark; with `timescales` (λ → AdamW timescale) a second axis on top. `width` is in pixels."""
         axes.set_xlim(*self.limits)
         axes.set_xlabel("weight decay λ")
-        self._ticks(axes, {decay: f"{decay:g}" for decay in self._positions}, width)
+        self._ticks(axes, {decay: f"{decay:.3g}" for decay in self._positions}, width)
         if self._break is not None:
             marker = {"marker": [(-1, -2), (1, 2)], "markersize": 9, "color": MUTED, "clip_on": False, "linestyle": "none"}
             for shift in (-0.006, 0.006):
