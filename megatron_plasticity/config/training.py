@@ -54,6 +54,8 @@ class OptimizerConfig(Section):
     """Decay rates of Adam's moments."""
     eps: float = Field(default=1e-8, gt=0)
     """Adam's ε."""
+    implementation: Literal["torch", "apex"] = "torch"
+    """`torch` is fused on CUDA. `apex` is NVIDIA apex's FusedAdam, looked for at run time; CUDA and ZeRO 0 to 2 only."""
     gradient_clip: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 switches clipping off."""
 
@@ -171,6 +173,13 @@ class TrainingRecipe(Section):
     """Seed of the initial weights and of every other random draw."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run; `auto` takes CUDA if there is one."""
+
+    @model_validator(mode="after")
+    def _apex_counts_steps_per_group(self) -> TrainingRecipe:
+        # ZeRO-3 steps the optimizer once per sub-group, and apex would count each of these as a step of the whole group.
+        if self.optimizer.implementation == "apex" and self.engine.zero_stage == 3:
+            raise ValueError("optimizer.implementation: apex does not go with engine.zero_stage: 3; use torch, or a lower stage")
+        return self
 
 
 class PretrainConfig(TrainingRecipe):

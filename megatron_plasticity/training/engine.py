@@ -19,6 +19,7 @@ from megatron_plasticity.config.training import TrainingRecipe
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.models.loss import TokenLoss
 from megatron_plasticity.models.transformer import Transformer
+from megatron_plasticity.optim.adamw import make_adamw
 from megatron_plasticity.optim.decay import DecayGroups, decay_groups, optimizer_groups
 from megatron_plasticity.parallel.grid import ProcessGrid
 from megatron_plasticity.training.objective import Objective, training_loss
@@ -39,13 +40,7 @@ class TrainingEngine:
         self.accumulation = accumulation_steps(recipe.batch, grid.data_size)
         self.groups: DecayGroups = decay_groups(model, recipe.optimizer, weight_decay)
         model.activation_checkpointing = recipe.engine.activation_checkpointing
-        optimizer = torch.optim.AdamW(
-            optimizer_groups(model, self.groups, recipe.optimizer),
-            lr=recipe.optimizer.learning_rate,
-            betas=recipe.optimizer.betas,
-            eps=recipe.optimizer.eps,
-            fused=grid.device.type == "cuda",
-        )
+        optimizer = make_adamw(optimizer_groups(model, self.groups, recipe.optimizer), recipe.optimizer, grid.device)
         settings = deepspeed_json(recipe.engine, recipe.batch, recipe.optimizer.gradient_clip, grid.data_size)
         with _quiet_deepspeed():
             self._engine: Any = deepspeed.initialize(

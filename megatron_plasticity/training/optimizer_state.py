@@ -7,8 +7,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
+
+from megatron_plasticity.optim.adamw import create_moments, set_step
 
 Moment = Literal["exp_avg", "exp_avg_sq"]
 MOMENTS: tuple[Moment, ...] = ("exp_avg", "exp_avg_sq")
@@ -47,14 +48,7 @@ def create_state(engine: Any) -> None:
     """
     wrapped = engine.optimizer
     torch_optimizer = getattr(wrapped, "optimizer", wrapped)
-    fused = torch_optimizer.defaults["fused"]
-    for tensor in _optimized_tensors(wrapped):
-        torch_optimizer.state[tensor] = {
-            # One tensor each: AdamW adds to it in place, and a shared one would count once per group.
-            "step": torch.tensor(0.0, dtype=torch.float32, device=tensor.device if fused else "cpu"),
-            "exp_avg": torch.zeros_like(tensor),
-            "exp_avg_sq": torch.zeros_like(tensor),
-        }
+    create_moments(torch_optimizer, _optimized_tensors(wrapped))
     link = getattr(wrapped, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:  # ZeRO-1 and 2, and BF16_Optimizer: let each parameter find its part of the flat states
         link()
@@ -74,8 +68,7 @@ def restore(
     """
     wrapped = engine.optimizer
     torch_optimizer = getattr(wrapped, "optimizer", wrapped)
-    for tensor in _optimized_tensors(wrapped):
-        torch_optimizer.state[tensor]["step"].fill_(float(step))
+    set_step(torch_optimizer, _optimized_tensors(wrapped), step)
     for name, parameter in parameters.items():
         _set(engine, parameter, weights[name], None)
         for moment in MOMENTS:
