@@ -87,6 +87,13 @@ def test_linked_files_exist(repository: Path) -> None:
         assert (repository / link).exists(), link
 
 
+def test_pictures_are_pictures(repository: Path) -> None:
+    pictures = re.findall(r"!\[[^]]+\]\(([^)]+)\)", README.read_text(encoding="utf-8"))
+    assert pictures
+    for picture in pictures:
+        assert (repository / picture).read_bytes().startswith(b"\x89PNG"), picture
+
+
 def test_the_study_in_the_readme_is_one(repository: Path, tmp_path: Path) -> None:
     shutil.copytree(repository / "configs", tmp_path / "configs")
     (block,) = code_blocks("yaml")
