@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # The mirror comes back every few seconds by itself, so that a request need not be patient (MLflow's own: 7 retries of 120 s).
 _DEFAULTS = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "DO_NOT_TRACK": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
