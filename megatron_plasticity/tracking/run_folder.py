@@ -118,10 +118,6 @@ class RunFolder:
     def metrics_path(self) -> Path:
         return self.path / "metrics.jsonl"
 
-    @property
-    def log_path(self) -> Path:
-        return self.path / "log"
-
     def checkpoints(self) -> list[Path]:
         """The folders `checkpoints/step-N`, earliest step first. Whether one is complete is for the training room to say."""
         found = [p for p in (self.path / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdecimal()]
