@@ -53,14 +53,14 @@ class StudyOutcome:
 
 def run_study(config: StudyConfig) -> StudyOutcome:
     """Carry out all of the study that is not done yet. Raises Interrupted after Ctrl-C or SIGTERM, with every run saved."""
-    check_study(config)
+    bases = check_study(config)
     folder = study_folder(config)
     with explain_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
     with file_lock(folder / "lock"), StopSignal() as stop:
         slots = _Slots.of(config)
         corpus = _prepare(config, slots, folder, stop)
-        plan = plan_study(config, _corpus_hash(config, corpus))
+        plan = plan_study(config, read_manifest(corpus or bases[0].data.folder)["sha256"])
         _write_study_file(plan, corpus)
         with _mirrored(config, folder):
             return _Runner(plan, slots, stop).run()
@@ -77,12 +77,6 @@ def _prepare(config: StudyConfig, slots: _Slots, folder: Path, stop: StopSignal)
 def _prepare_in_worker(corpus: Any) -> None:
     with ConsoleProgress("corpus") as progress:
         prepare_corpus(corpus, progress)
-
-
-def _corpus_hash(config: StudyConfig, corpus: Path | None) -> str:
-    if corpus is None:
-        corpus = check_study(config)[0].data.folder
-    return read_manifest(corpus)["sha256"]
 
 
 def _write_study_file(plan: StudyPlan, corpus: Path | None) -> None:

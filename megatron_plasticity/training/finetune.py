@@ -12,7 +12,6 @@ from megatron_plasticity.errors import ConfigError, UserError
 from megatron_plasticity.evaluation.tasks import get_task
 from megatron_plasticity.models.transformer import Transformer
 from megatron_plasticity.parallel.grid import ProcessGrid, process_grid, resolve_device
-from megatron_plasticity.tracking.metrics import read_metrics
 from megatron_plasticity.tracking.progress import Both, FolderProgress, NoProgress, Progress
 from megatron_plasticity.tracking.run_folder import RunFolder
 from megatron_plasticity.tracking.trained_model import TrainedModel
@@ -64,17 +63,8 @@ def _finetune(config: FinetuneConfig, base: TrainedModel, folder: RunFolder, gri
         show = Both(progress, FolderProgress(folder)) if grid.is_main else NoProgress()
         session.run([], show, config.max_length)
         if grid.is_main:
-            training = [row["train/loss"] for row in read_metrics(folder.metrics_path) if "train/loss" in row]
-            folder.mark_done(
-                {
-                    "train_loss": training[-1],
-                    "steps": batches.steps,
-                    "examples": len(examples),
-                    "examples_without_response": without_response,
-                    "weight_decay": weight_decay,
-                    "checkpoint": f"checkpoints/step-{batches.steps}",
-                }
-            )
+            counts = {"examples": len(examples), "examples_without_response": without_response}
+            folder.mark_done({**session.results(), **counts})
 
 
 def _encoded(config: FinetuneConfig, tokenizer: Tokenizer) -> tuple[list[EncodedExample], int]:

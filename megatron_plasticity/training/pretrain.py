@@ -18,7 +18,6 @@ from megatron_plasticity.models.initialisation import initialise
 from megatron_plasticity.models.sizes import parameter_count
 from megatron_plasticity.models.transformer import Transformer
 from megatron_plasticity.parallel.grid import ProcessGrid, process_grid, resolve_device
-from megatron_plasticity.tracking.metrics import read_metrics
 from megatron_plasticity.tracking.progress import Both, FolderProgress, NoProgress, Progress
 from megatron_plasticity.tracking.run_folder import RunFolder
 from megatron_plasticity.training.batches import PretrainBatches
@@ -99,15 +98,11 @@ def _pretrain(config: PretrainConfig, folder: RunFolder, grid: ProcessGrid, prog
 
 def _results(config: PretrainConfig, session: TrainingSession, losses: dict[str, float], sequences: int) -> dict[str, Any]:
     count = parameter_count(config.model)
-    training = [row["train/loss"] for row in read_metrics(session.folder.metrics_path) if "train/loss" in row]
     return {
+        **session.results(),
         "held_out_loss": losses["held_out/loss"],
         "held_out_sequences": sequences,
         "seen_loss": losses["seen/loss"],
-        "train_loss": training[-1],
-        "steps": config.total_steps,
         "tokens": config.total_steps * config.tokens_per_step,
-        "weight_decay": config.weight_decay,
         "parameters": {"total": count.total, "non_embedding": count.non_embedding},
-        "checkpoint": f"checkpoints/step-{config.total_steps}",
     }

@@ -22,7 +22,7 @@ from megatron_plasticity.models.checkpoint import (
 from megatron_plasticity.models.transformer import Transformer
 from megatron_plasticity.parallel.grid import ProcessGrid
 from megatron_plasticity.tracking.disk import explain_disk_errors
-from megatron_plasticity.tracking.metrics import MetricLog
+from megatron_plasticity.tracking.metrics import MetricLog, read_metrics
 from megatron_plasticity.tracking.progress import Progress
 from megatron_plasticity.tracking.run_folder import RunFolder
 from megatron_plasticity.training.batches import Batches
@@ -67,6 +67,16 @@ class TrainingSession:
 
     def checkpoint_path(self, step: int) -> Path:
         return self.folder.path / "checkpoints" / f"step-{step}"
+
+    def results(self) -> dict[str, Any]:
+        """What every finished training run puts into results.json; the loss is that of the last step."""
+        losses = [row["train/loss"] for row in read_metrics(self.folder.metrics_path) if "train/loss" in row]
+        return {
+            "train_loss": losses[-1],
+            "steps": self.batches.steps,
+            "weight_decay": self.engine.groups.weight_decay,
+            "checkpoint": f"checkpoints/step-{self.batches.steps}",
+        }
 
     def save(self, step: int) -> None:
         """Write the checkpoint of `step`. A collective: tensors are gathered one by one, the first rank writes them."""
