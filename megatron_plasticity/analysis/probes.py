@@ -89,7 +89,7 @@ def _probe(solver: LogisticRegression) -> Probe:
 
 def layer_points(model: Transformer) -> list[str]:
     """Where probes are fitted: `embed`, the state after each block, and `final_norm` (what the head reads)."""
-    return [name for name in hook_points(model) if name in ("embed", "final_norm") or name.endswith(".resid_post")]
+    return [name for name in hook_points(model.config) if name in ("embed", "final_norm") or name.endswith(".resid_post")]
 
 
 @torch.no_grad()

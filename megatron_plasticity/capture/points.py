@@ -11,9 +11,11 @@ import fnmatch
 import re
 from collections.abc import Iterable
 
-from torch import nn
-
+from megatron_plasticity.config.model import ModelConfig
+from megatron_plasticity.config.parallel import ParallelConfig
 from megatron_plasticity.errors import UserError
+from megatron_plasticity.models.partition import Sharding, stage_layers
+from megatron_plasticity.parallel.tensor import SEQUENCE_AXIS, TensorRanks
 
 # In the order in which the forward pass reaches them.
 IN_LAYER = (
@@ -31,22 +33,21 @@ IN_LAYER = (
     "resid_post",
 )
 _NAME = re.compile(r"layers\.(\d+)\.(" + "|".join(map(re.escape, IN_LAYER)) + r")")
-_OUTER = ("embed", "final_norm", "head")
 
 
-def hook_points(model: nn.Module) -> list[str]:
-    """Canonical names of the model's hook points, in the order of the forward pass."""
-    names = [name for name, _ in model.named_modules(remove_duplicate=False) if name in _OUTER or _NAME.fullmatch(name)]
-    return sorted(names, key=_forward_order)
+def hook_points(config: ModelConfig) -> list[str]:
+    """Canonical names of a model's hook points, in the order of the forward pass."""
+    layers = [f"layers.{layer}.{name}" for layer in range(config.layers) for name in IN_LAYER]
+    return ["embed", *layers, "final_norm", "head"]
 
 
-def match_points(model: nn.Module, globs: Iterable[str]) -> list[str]:
+def match_points(config: ModelConfig, globs: Iterable[str]) -> list[str]:
     """Hook points that match any of `globs` (as in a shell; `*` also crosses dots), each once, in the order of the forward pass.
 
     Raises:
         UserError: a glob matches nothing; the message names the nearest hook points.
     """
-    points = hook_points(model)
+    points = hook_points(config)
     chosen: set[str] = set()
     for glob in globs:
         matches = fnmatch.filter(points, glob)
@@ -54,6 +55,25 @@ def match_points(model: nn.Module, globs: Iterable[str]) -> list[str]:
             raise UserError(f"no hook point matches {glob!r}; {_advice(glob, points)}")
         chosen.update(matches)
     return [name for name in points if name in chosen]
+
+
+def stage_of_point(point: str, config: ModelConfig, parallel: ParallelConfig) -> int:
+    """The pipeline stage on which a hook point lies."""
+    layer = layer_of(point)
+    if layer is None:
+        return 0 if point == "embed" else parallel.pipeline - 1
+    return next(stage for stage, layers in enumerate(stage_layers(config, parallel)) if layer in layers)
+
+
+def point_sharding(point: str, config: ModelConfig, ranks: TensorRanks) -> Sharding:
+    """How the activations at a hook point are cut over tensor-parallel ranks: by heads, by MLP columns, by vocabulary; and with
+    sequence parallelism the residual stream by positions."""
+    parts, axis = ranks.size, -1
+    if point.endswith((".attn.q", ".attn.k", ".attn.v")):
+        parts, axis = (ranks.size if point.endswith("q") else min(ranks.size, config.kv_heads)), 1
+    elif not point.endswith((".attn.z", ".mlp.pre", ".mlp.gate", ".mlp.post", "head")):
+        parts, axis = (ranks.size if ranks.sequence else 1), SEQUENCE_AXIS
+    return Sharding(axis, parts, ranks.size // parts)
 
 
 def layer_of(point: str) -> int | None:
@@ -67,16 +87,7 @@ def sequence_axis(point: str) -> int:
     return 2 if point.endswith((".attn.q", ".attn.k", ".attn.v")) else 1
 
 
-def _forward_order(name: str) -> tuple[int, int, int]:
-    match = _NAME.fullmatch(name)
-    if match:
-        return 1, int(match.group(1)), IN_LAYER.index(match.group(2))
-    return (0 if name == "embed" else 2), _OUTER.index(name), 0
-
-
 def _advice(glob: str, points: list[str]) -> str:
-    if not points:
-        return "this model has no hook points at all"
     near = difflib.get_close_matches(glob, points, n=3, cutoff=0.6)
     if near:
         return f"nearest: {', '.join(near)}"

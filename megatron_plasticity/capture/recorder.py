@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from megatron_plasticity.capture.points import match_points, sequence_axis
+from megatron_plasticity.capture.points import match_points, point_sharding, sequence_axis
 from megatron_plasticity.models.transformer import Transformer
 
 Positions = Literal["all", "last"]
@@ -31,7 +31,8 @@ class Recorder:
 
     Args:
         model: a model with hook points.
-        points: globs over their names; one without a match is a UserError.
+        points: globs over their names; one without a match is a UserError. A pipeline stage records those that lie on it; under
+            tensor parallelism all its ranks must record together, and each gets whole activations.
         positions: keep every token position, or the last one of each sequence.
         dtype: number format of the copies.
     """
@@ -44,7 +45,7 @@ class Recorder:
         dtype: torch.dtype = torch.float32,
     ) -> None:
         self.model = model
-        self.points = match_points(model, points)
+        self.points = match_points(model.config, points)
         self.positions: Positions = positions
         self.dtype = dtype
         self.captured: dict[str, Tensor] = {}
@@ -55,8 +56,10 @@ class Recorder:
         if self._handles:
             raise RuntimeError("this recorder is attached already")
         self.captured = {}
+        modules = dict(self.model.named_modules())
         for name in self.points:
-            self._handles.append(self.model.get_submodule(name).register_forward_hook(self._hook(name)))
+            if name in modules:  # other pipeline stages have the others
+                self._handles.append(modules[name].register_forward_hook(self._hook(name)))
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -89,11 +92,17 @@ class Recorder:
         common_last = self.positions == "last" and self._lengths is None
         self.model(tokens, positions="all" if after_the_layers and not common_last else "last")
 
+    def _whole(self, name: str, output: Tensor) -> Tensor:
+        ranks = self.model.ranks
+        if ranks.size == 1:
+            return output
+        return point_sharding(name, self.model.config, ranks).join(ranks.all_gather(output))
+
     def _hook(self, name: str) -> Callable[[nn.Module, Any, Any], None]:
         axis = sequence_axis(name)
 
         def copy(_module: nn.Module, _inputs: Any, output: Tensor) -> None:
-            kept = output.detach()
+            kept = self._whole(name, output.detach())
             if self.positions == "last":
                 kept = _last_positions(kept, axis, self._lengths)
             # copy=True: a later in-place operation on the model's own tensor must not reach what was recorded.

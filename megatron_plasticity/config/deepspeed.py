@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+from megatron_plasticity.config.parallel import ParallelConfig
 from megatron_plasticity.config.training import BatchConfig, EngineConfig
 from megatron_plasticity.errors import ConfigError
 
 
-def effective_zero_stage(engine: EngineConfig) -> int:
+def effective_zero_stage(engine: EngineConfig, parallel: ParallelConfig) -> int:
     """The ZeRO stage that really runs.
 
     bf16 at stage 0 would get DeepSpeed's FP16_UnfusedOptimizer, which takes one optimizer step with zero gradients while it
-    initialises its state: one decay too many and Adam's step off by one. Stage 1 computes the same thing correctly.
+    initialises its state: one decay too many and Adam's step off by one. fp32 at stage 0 with a pipeline would clip by the norm
+    of a part of the model. Stage 1 computes both correctly.
     """
-    return 1 if engine.precision == "bf16" and engine.zero_stage == 0 else engine.zero_stage
+    return 1 if engine.zero_stage == 0 and (engine.precision == "bf16" or parallel.pipeline > 1) else engine.zero_stage
 
 
 def accumulation_steps(batch: BatchConfig, data_parallel_size: int) -> int:
@@ -28,7 +30,9 @@ def accumulation_steps(batch: BatchConfig, data_parallel_size: int) -> int:
     return batch.global_batch_size // per_pass
 
 
-def deepspeed_json(engine: EngineConfig, batch: BatchConfig, gradient_clip: float, data_parallel_size: int) -> dict[str, Any]:
+def deepspeed_json(
+    engine: EngineConfig, batch: BatchConfig, gradient_clip: float, parallel: ParallelConfig, data_parallel_size: int
+) -> dict[str, Any]:
     """Settings for `deepspeed.initialize`. Raises ConfigError when `engine.deepspeed` sets a key that our fields decide."""
     ours: dict[str, Any] = {
         "train_batch_size": batch.global_batch_size,
@@ -36,7 +40,7 @@ def deepspeed_json(engine: EngineConfig, batch: BatchConfig, gradient_clip: floa
         "gradient_accumulation_steps": accumulation_steps(batch, data_parallel_size),
         # Left out, DeepSpeed clips at 1.0.
         "gradient_clipping": gradient_clip,
-        "zero_optimization": {"stage": effective_zero_stage(engine)},
+        "zero_optimization": {"stage": effective_zero_stage(engine, parallel)},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 2**31 - 1,
@@ -44,6 +48,9 @@ def deepspeed_json(engine: EngineConfig, batch: BatchConfig, gradient_clip: floa
     if engine.precision == "bf16":
         ours["bf16"] = {"enabled": True}
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
+    if parallel.pipeline > 1:
+        # What one stage sends another is already split (sequence parallelism) or needed whole on each tensor rank.
+        ours["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     return _add(ours, engine.deepspeed, "engine.deepspeed")
 
 

@@ -12,6 +12,8 @@ from megatron_plasticity.config.analysis import CaptureConfig
 from megatron_plasticity.config.base import Section, neutral
 from megatron_plasticity.config.data import DataConfig
 from megatron_plasticity.config.model import ModelConfig
+from megatron_plasticity.config.parallel import ParallelConfig
+from megatron_plasticity.config.support import unsupported
 
 DecayScope = Literal["all", "no_token_embedding", "matrices", "patterns"]
 
@@ -113,8 +115,8 @@ class ScheduleConfig(Section):
 class BatchConfig(Section):
     global_batch_size: PositiveInt
     """Sequences per optimizer step over all ranks; gradient accumulation is derived from it."""
-    micro_batch_size: PositiveInt
-    """Sequences per rank and forward pass."""
+    micro_batch_size: PositiveInt = neutral()
+    """Sequences per data-parallel rank and forward pass."""
 
     @model_validator(mode="after")
     def _micro_divides_global(self) -> BatchConfig:
@@ -126,11 +128,11 @@ class BatchConfig(Section):
 class EngineConfig(Section):
     """How DeepSpeed runs the model."""
 
-    zero_stage: Literal[0, 1, 2, 3] = 1
-    """ZeRO stage. Stage 0 with bf16 runs as stage 1: DeepSpeed's own stage 0 takes a spurious optimizer step there."""
+    zero_stage: Literal[0, 1, 2, 3] = neutral(1)
+    """ZeRO stage. Stage 0 with bf16 or with a pipeline runs as stage 1: DeepSpeed's own computes something else there."""
     precision: Literal["fp32", "bf16"] = "bf16"
     """`bf16` keeps fp32 master weights and accumulates gradients in fp32."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: bool = neutral(False)
     """Recompute each block in the backward pass instead of keeping its activations."""
     deepspeed: dict[str, Any] = {}
     """Raw DeepSpeed settings to add; one that our own fields decide is an error."""
@@ -165,6 +167,8 @@ class TrainingRecipe(Section):
     """Batch sizes in sequences."""
     engine: EngineConfig = EngineConfig()
     """DeepSpeed engine."""
+    parallel: ParallelConfig = neutral(ParallelConfig())
+    """Split of the model over processes; the processes that remain are data-parallel."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """When to save and where to start from."""
     logging: LoggingConfig = LoggingConfig()
@@ -175,10 +179,10 @@ class TrainingRecipe(Section):
     """Where to run; `auto` takes CUDA if there is one."""
 
     @model_validator(mode="after")
-    def _apex_counts_steps_per_group(self) -> TrainingRecipe:
-        # ZeRO-3 steps the optimizer once per sub-group, and apex would count each of these as a step of the whole group.
-        if self.optimizer.implementation == "apex" and self.engine.zero_stage == 3:
-            raise ValueError("optimizer.implementation: apex does not go with engine.zero_stage: 3; use torch, or a lower stage")
+    def _settings_go_together(self) -> TrainingRecipe:
+        problems = list(unsupported(self, getattr(self, "model", None)))
+        if problems:
+            raise ValueError("; ".join(problems))
         return self
 
 

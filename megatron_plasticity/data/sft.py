@@ -48,8 +48,9 @@ def encode_examples(
     return [_join(tokenizer, prompt, response, max_length) for prompt, response in zip(prompts, responses, strict=True)]
 
 
-def collate(examples: Sequence[EncodedExample], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of a batch: two int64 tensors [B, S], S one less than the longest example's ids.
+def collate(examples: Sequence[EncodedExample], pad_id: int, multiple_of: int = 1) -> tuple[Tensor, Tensor]:
+    """Inputs and targets of a batch: two int64 tensors [B, S], S one less than the longest example's ids, or the next multiple of
+    `multiple_of`, as sequence parallelism wants it.
 
     Shorter examples are padded on the right, with `pad_id` in the inputs and IGNORE in the targets, which under causal attention
     leaves the other positions untouched. Targets are the inputs shifted by one, and IGNORE where they belong to the prompt.
@@ -58,6 +59,7 @@ def collate(examples: Sequence[EncodedExample], pad_id: int) -> tuple[Tensor, Te
     length = max((len(example.ids) for example in examples), default=0) - 1
     if length < 1:
         raise ValueError("a batch needs an example of at least two ids")
+    length = -(-length // multiple_of) * multiple_of
     inputs = torch.full((len(examples), length), pad_id, dtype=torch.int64)
     targets = torch.full((len(examples), length), IGNORE, dtype=torch.int64)
     for row, example in enumerate(examples):

@@ -50,23 +50,27 @@ class CheckpointFolder:
     def step(self) -> int:
         return int(self.trainer["step"])
 
-    def tensors(self, group: str = WEIGHTS) -> dict[str, Tensor]:
-        """All tensors of `weights`, `exp_avg` or `exp_avg_sq` by name, fp32, on the CPU; checked against the architecture."""
-        found: dict[str, Tensor] = {}
+    def tensors(self, group: str = WEIGHTS) -> Mapping[str, Tensor]:
+        """The tensors of `weights`, `exp_avg` or `exp_avg_sq` by name, fp32, on the CPU, each read when it is looked up.
+
+        Names and shapes are checked against the architecture now."""
+        files: dict[str, Path] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
         for file in sorted(self.path.glob(f"{group}-*.safetensors")):
             with _opened(file) as shard:
-                found |= {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118  (not a dict)
-        if not found:
+                for name in shard.keys():  # noqa: SIM118  (not a dict)
+                    files[name], shapes[name] = file, tuple(shard.get_slice(name).get_shape())
+        if not files:
             raise CheckpointError(
                 f"{self.path}: holds no {group!r} tensors; training cannot go on from a checkpoint without them"
             )
         expected = parameter_shapes(self.model)
-        wrong = sorted(name for name in {*found, *expected} if name not in found or found[name].shape != expected.get(name))
+        wrong = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
         if wrong:
             raise CheckpointError(
                 f"{self.path}: {group} do not fit {MODEL_FILE}: {', '.join(wrong[:5])}{' …' if len(wrong) > 5 else ''}"
             )
-        return found
+        return _StoredTensors(files)
 
     def build_model(self, device: torch.device) -> Transformer:
         """The model with these weights in fp32, for evaluation and analysis."""
@@ -76,8 +80,25 @@ class CheckpointFolder:
         return model.to(device).eval()
 
 
+class _StoredTensors(Mapping[str, Tensor]):
+    """Tensors on disk by name. Nothing is kept: a process that needs a part of a large model never holds the whole of it."""
+
+    def __init__(self, files: Mapping[str, Path]) -> None:
+        self._files = files
+
+    def __getitem__(self, name: str) -> Tensor:
+        with _opened(self._files[name]) as shard:
+            return shard.get_tensor(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
 def save_checkpoint(
-    path: Path, model: ModelConfig, trainer: dict[str, Any], groups: Mapping[str, Iterable[tuple[str, Tensor]]]
+    path: Path, model: ModelConfig, trainer: dict[str, Any], groups: Mapping[str, Iterable[tuple[str, Tensor | None]]]
 ) -> None:
     """Write `groups` (name → pairs of parameter name and whole fp32 tensor, consumed one at a time) and what belongs to them.
 
@@ -144,10 +165,11 @@ def _step_of(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def _shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+def _shards(tensors: Iterable[tuple[str, Tensor | None]]) -> Iterator[dict[str, Tensor]]:
     shard: dict[str, Tensor] = {}
     size = 0
     for name, tensor in tensors:
+        assert tensor is not None, "only the main process has whole tensors, and only it writes"
         if shard and size + tensor.nbytes > SHARD_BYTES:
             yield shard
             shard, size = {}, 0

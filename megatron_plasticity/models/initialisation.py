@@ -22,11 +22,11 @@ _TRUNCATED_AT = 3.0  # standard deviations
 
 @torch.no_grad()
 def initialise(model: Transformer, seed: int) -> None:
-    """Draw all weights of `model` in place, in fp32 on the CPU, whatever its device and dtype."""
+    """Draw all weights of `model` in place, in fp32 on the CPU, whatever its device, dtype and layout."""
     for name, parameter in model.named_parameters():
         if parameter.is_meta:
             raise ValueError(f"{name} is on the meta device and has no memory; call model.to_empty(device=…) first")
-        parameter.copy_(initial_value(model.config, name, seed))
+        parameter.copy_(model.sharding(name).take(initial_value(model.config, name, seed), model.ranks.rank))
 
 
 def initial_value(config: ModelConfig, name: str, seed: int) -> Tensor:

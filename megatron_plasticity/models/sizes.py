@@ -8,6 +8,9 @@ from dataclasses import dataclass
 from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.models.families import FAMILIES
 
+TOKEN_EMBEDDING = "embed.weight"
+HEAD = "head.weight"
+
 
 @dataclass(frozen=True)
 class ParameterCount:
@@ -36,12 +39,12 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "mlp.up_proj.weight": (mlp, hidden),
         "mlp.down_proj.weight": (hidden, mlp),
     }
-    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (config.vocab_size, hidden)}
+    shapes: dict[str, tuple[int, ...]] = {TOKEN_EMBEDDING: (config.vocab_size, hidden)}
     for layer in range(config.layers):
         shapes |= {f"layers.{layer}.{name}": shape for name, shape in block.items()}
     shapes["final_norm.weight"] = (hidden,)
     if not config.tied_embeddings:
-        shapes["head.weight"] = (config.vocab_size, hidden)
+        shapes[HEAD] = (config.vocab_size, hidden)
     return shapes
 
 
@@ -49,7 +52,7 @@ def parameter_count(config: ModelConfig) -> ParameterCount:
     """Number of parameters, in total and without embedding and head."""
     sizes = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}
     total = sum(sizes.values())
-    return ParameterCount(total=total, non_embedding=total - sizes["embed.weight"] - sizes.get("head.weight", 0))
+    return ParameterCount(total=total, non_embedding=total - sizes[TOKEN_EMBEDDING] - sizes.get(HEAD, 0))
 
 
 def flops_per_token(config: ModelConfig, sequence_length: int) -> int:

@@ -2,10 +2,14 @@
 
 Many sub-modules are `nn.Identity`: they are the hook points, and a hook point's name is its module path (`layers.3.attn.q`), so
 that `model.get_submodule(name).register_forward_hook(…)` is all that capturing an activation takes.
+
+A `Transformer` is the whole model, or a pipeline stage of it; each rank holds the whole of its matrices, or its tensor-parallel
+part. Names are the same in every case.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Literal
 
 import torch
@@ -17,7 +21,18 @@ from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.models.attention import AttentionBackend, attend, attention_mask, check_backend
 from megatron_plasticity.models.cache import KeyValueCache
 from megatron_plasticity.models.families import FAMILIES
+from megatron_plasticity.models.partition import Sharding, sharding, stage_layers
 from megatron_plasticity.models.rotary import RotaryTable, rotate
+from megatron_plasticity.parallel.grid import ProcessGrid
+from megatron_plasticity.parallel.tensor import (
+    SINGLE,
+    HeadParallelRMSNorm,
+    RMSNorm,
+    TensorRanks,
+    VocabularyParallelEmbedding,
+    column_parallel,
+    combine,
+)
 
 
 class Linear(nn.Linear):
@@ -30,31 +45,36 @@ class Linear(nn.Linear):
         """Leave the memory as it is: drawing weights twice would cost time and disturb the global random state."""
 
 
-class Embedding(nn.Embedding):
-    """A token embedding, whose weights `initialise` or a checkpoint will fill."""
-
-    def reset_parameters(self) -> None:
-        """As in `Linear`."""
+def _project(x: Tensor, linears: tuple[Linear, ...], copies: tuple[int, ...], ranks: TensorRanks) -> tuple[Tensor, ...]:
+    """Each linear map of x, whose outputs are split over the ranks."""
+    if ranks.size == 1:
+        return tuple(linear(x) for linear in linears)
+    return column_parallel(x, [linear.weight for linear in linears], copies, ranks)
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig, layer: int, backend: AttentionBackend) -> None:
+    def __init__(self, config: ModelConfig, layer: int, backend: AttentionBackend, ranks: TensorRanks) -> None:
         super().__init__()
         self.layer = layer
         self.head_dim = config.head_dim
         self.backend: AttentionBackend = backend
+        self.ranks = ranks
+        # With more ranks than key/value heads, several ranks in a row hold each of them.
+        kv_parts = min(ranks.size, config.kv_heads)
+        self.kv_copies = ranks.size // kv_parts
         query_width, kv_width = config.query_heads * config.head_dim, config.kv_heads * config.head_dim
-        self.q_proj = Linear(config.hidden_size, query_width)
-        self.k_proj = Linear(config.hidden_size, kv_width)
-        self.v_proj = Linear(config.hidden_size, kv_width)
-        self.out_proj = Linear(query_width, config.hidden_size)
+        self.q_proj = Linear(config.hidden_size, query_width // ranks.size)
+        self.k_proj = Linear(config.hidden_size, kv_width // kv_parts)
+        self.v_proj = Linear(config.hidden_size, kv_width // kv_parts)
+        self.out_proj = Linear(query_width // ranks.size, config.hidden_size)
         normed = FAMILIES[config.family].qk_norm
-        self.q_norm = nn.RMSNorm(query_width, eps=config.norm_eps) if normed else None
-        self.k_norm = nn.RMSNorm(kv_width, eps=config.norm_eps) if normed else None
+        self.q_norm = HeadParallelRMSNorm(query_width, config.norm_eps, ranks, ranks.size) if normed else None
+        self.k_norm = HeadParallelRMSNorm(kv_width, config.norm_eps, ranks, kv_parts) if normed else None
         self.q, self.k, self.v, self.z, self.out = (nn.Identity() for _ in range(5))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
-        query, key, value = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        copies = (1, self.kv_copies, self.kv_copies)
+        query, key, value = _project(x, (self.q_proj, self.k_proj, self.v_proj), copies, self.ranks)
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm(query), self.k_norm(key)
         query = self.q(rotate(self._heads(query), cos, sin).transpose(1, 2))
@@ -63,7 +83,7 @@ class Attention(nn.Module):
         if cache is not None:
             key, value = cache.extend(self.layer, key, value)
         mixed = attend(query, key, value, mask, self.backend)
-        return self.out(self.out_proj(self.z(mixed.transpose(1, 2).flatten(2))))
+        return self.out(combine(self.out_proj(self.z(mixed.transpose(1, 2).flatten(2))), self.ranks))
 
     def _heads(self, x: Tensor) -> Tensor:
         """[B, S, heads * head_dim] → [B, S, heads, head_dim]."""
@@ -73,28 +93,30 @@ class Attention(nn.Module):
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer, 2002.05202)."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ranks: TensorRanks) -> None:
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.mlp_hidden_size)
-        self.up_proj = Linear(config.hidden_size, config.mlp_hidden_size)
-        self.down_proj = Linear(config.mlp_hidden_size, config.hidden_size)
+        self.ranks = ranks
+        width = config.mlp_hidden_size // ranks.size
+        self.gate_proj = Linear(config.hidden_size, width)
+        self.up_proj = Linear(config.hidden_size, width)
+        self.down_proj = Linear(width, config.hidden_size)
         self.pre, self.gate, self.post, self.out = nn.Identity(), nn.SiLU(), nn.Identity(), nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        gate = self.gate(self.pre(self.gate_proj(x)))
-        return self.out(self.down_proj(self.post(gate * self.up_proj(x))))
+        gate, up = _project(x, (self.gate_proj, self.up_proj), (1, 1), self.ranks)
+        return self.out(combine(self.down_proj(self.post(self.gate(self.pre(gate)) * up)), self.ranks))
 
 
 class Block(nn.Module):
     """Attention and MLP, each added to the residual stream; the family says where the norms sit."""
 
-    def __init__(self, config: ModelConfig, layer: int, backend: AttentionBackend) -> None:
+    def __init__(self, config: ModelConfig, layer: int, backend: AttentionBackend, ranks: TensorRanks) -> None:
         super().__init__()
         self.norm_placement = FAMILIES[config.family].norm_placement
-        self.attn_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.attn = Attention(config, layer, backend)
-        self.mlp_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.mlp = SwiGLU(config)
+        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps, ranks)
+        self.attn = Attention(config, layer, backend, ranks)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, ranks)
+        self.mlp = SwiGLU(config, ranks)
         self.resid_pre, self.resid_mid, self.resid_post = (nn.Identity() for _ in range(3))
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
@@ -107,32 +129,65 @@ class Block(nn.Module):
 
 
 class Head(nn.Module):
-    """Hidden state → logits, with a matrix of its own, or with the token embedding's if they are tied."""
+    """Hidden state → logits (under tensor parallelism of this rank's part of the vocabulary), with a matrix of its own, or with
+    the token embedding's if they are tied."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ranks: TensorRanks) -> None:
         super().__init__()
-        self.weight = None if config.tied_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.ranks = ranks
+        rows = config.vocab_size // ranks.size
+        self.weight = None if config.tied_embeddings else nn.Parameter(torch.empty(rows, config.hidden_size))
 
-    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        return F.linear(x, embedding if self.weight is None else self.weight)
+    def forward(self, x: Tensor, embedding: Tensor | None) -> Tensor:
+        weight = embedding if self.weight is None else self.weight
+        assert weight is not None, "tied embeddings put the token embedding on the head's stage too"
+        return F.linear(x, weight) if self.ranks.size == 1 else column_parallel(x, (weight,), (1,), self.ranks)[0]
 
 
 class Transformer(nn.Module):
-    """The language model. Its weights are not initialised: follow with `initialise(model, seed)` or load a state.
+    """The language model. Its weights are not initialised: follow with `initialise(model, seed)` or `load_whole(weights)`.
 
     It can be built under `torch.device("meta")`. `activation_checkpointing` recomputes each block in the backward pass.
     """
 
-    def __init__(self, config: ModelConfig, attention_backend: AttentionBackend = "auto") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        attention_backend: AttentionBackend = "auto",
+        ranks: TensorRanks = SINGLE,
+        layers: range | None = None,
+    ) -> None:
+        """With `layers`, the pipeline stage that holds these: the first one embeds tokens, the last one ends in logits."""
         super().__init__()
         check_backend(attention_backend)
+        layers = range(config.layers) if layers is None else layers
         self.config = config
+        self.ranks = ranks
         self.activation_checkpointing = False
-        self.embed = Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, layer, attention_backend) for layer in range(config.layers))
-        self.final_norm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
-        self.head = Head(config)
+        self.is_first_stage, self.is_last_stage = layers.start == 0, layers.stop == config.layers
+        if self.is_first_stage or (self.is_last_stage and config.tied_embeddings):
+            self.embed = VocabularyParallelEmbedding(config.vocab_size, config.hidden_size, ranks)
+        self.layers = nn.ModuleList()
+        for layer in layers:
+            self.layers.add_module(str(layer), Block(config, layer, attention_backend, ranks))
+        if self.is_last_stage:
+            self.final_norm = RMSNorm(config.hidden_size, config.norm_eps, ranks)
+            self.head = Head(config, ranks)
         self.rotary = RotaryTable(config.head_dim, config.rope_theta, config.context_length)
+        if ranks.size > 1:
+            for name, parameter in self.named_parameters():
+                # DeepSpeed's sign that a parameter counts in the gradient norm beside those of the first rank.
+                parameter.tensor_model_parallel = self.sharding(name).is_first_copy(ranks.rank)  # type: ignore[attr-defined]
+
+    def sharding(self, name: str) -> Sharding:
+        """How the parameter of this name is cut over the tensor-parallel ranks."""
+        return sharding(name, self.config, self.ranks.size)
+
+    @torch.no_grad()
+    def load_whole(self, weights: Mapping[str, Tensor]) -> None:
+        """Take this rank's part of each parameter from whole tensors by name."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(self.sharding(name).take(weights[name], self.ranks.rank))
 
     def forward(
         self,
@@ -146,14 +201,19 @@ class Transformer(nn.Module):
         With a cache the tokens continue those in it and are added to it. `padding` [B] (int64) is the number of leading columns
         of each row that hold no token: the other columns' logits are those of the unpadded row, those of padding columns mean
         nothing. With a cache it counts from the cache's first column and is remembered there: giving it once is enough.
+
+        A pipeline stage after the first takes the residual stream [B, S, d] instead of tokens, and one before the last returns
+        it. With sequence parallelism it has this rank's positions only, [B, S / ranks.size, d]; under tensor parallelism logits
+        are those of this rank's part of the vocabulary.
         """
-        past, length = (0 if cache is None else cache.length), tokens.shape[1]
+        split = self.ranks.size if self.ranks.sequence and not self.is_first_stage else 1
+        past, length = (0 if cache is None else cache.length), tokens.shape[1] * split
         if cache is not None:
             cache.padding = padding = padding if padding is not None else cache.padding
         cos, sin = self.rotary.at(past, past + length, tokens.device, shift=padding)
         mask = attention_mask(length, past, padding, tokens.device)
         recompute = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
-        x = self.embed(tokens)
+        x = self.embed(tokens) if self.is_first_stage else tokens
         for block in self.layers:
             if recompute:  # nothing in a block is random, so its random state need not be kept
                 x = checkpoint(block, x, cos, sin, mask, None, use_reentrant=False, preserve_rng_state=False)
@@ -161,6 +221,14 @@ class Transformer(nn.Module):
                 x = block(x, cos, sin, mask, cache)
         if cache is not None:
             cache.advance(length)
+        if not self.is_last_stage:
+            return x
         if positions == "last":
+            assert not self.ranks.sequence, "the last position lies on one rank"
             x = x[:, -1:]
-        return self.head(self.final_norm(x), self.embed.weight)
+        return self.head(self.final_norm(x), self.embed.weight if self.config.tied_embeddings else None)
+
+
+def local_model(config: ModelConfig, grid: ProcessGrid) -> Transformer:
+    """This process's part of the model under the layout of `grid`: its pipeline stage, cut over the tensor-parallel ranks."""
+    return Transformer(config, ranks=grid.tensor, layers=stage_layers(config, grid.parallel)[grid.stage])

@@ -17,9 +17,7 @@ from torch import nn
 
 from megatron_plasticity.config.training import DecayConfig, OptimizerConfig
 from megatron_plasticity.errors import CheckpointError, ConfigError
-
-TOKEN_EMBEDDING = "embed.weight"
-HEAD = "head.weight"
+from megatron_plasticity.models.sizes import HEAD, TOKEN_EMBEDDING
 
 
 @dataclass(frozen=True)
@@ -56,13 +54,12 @@ class DecayGroups:
         return "\n".join(lines)
 
 
-def decay_groups(model: nn.Module, config: OptimizerConfig, weight_decay: float) -> DecayGroups:
-    """Sort the parameters of `model` into decayed and not decayed by `config.decay`.
+def decay_groups(shapes: Mapping[str, tuple[int, ...]], config: OptimizerConfig, weight_decay: float) -> DecayGroups:
+    """Sort the parameters of the whole model, by name with their whole shapes, into decayed and not decayed by `config.decay`.
 
-    Tied parameters appear once, under the name that `named_parameters` gives them. Raises ConfigError for a pattern without a
-    match and, under scope `patterns`, for parameters that no pattern names.
+    The layout does not enter: every process of a run gets the same groups, whichever part of the model it holds. Raises
+    ConfigError for a pattern without a match and, under scope `patterns`, for parameters that no pattern names.
     """
-    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     decays = _selection(shapes, config.decay)
     return DecayGroups(
         weight_decay=weight_decay,
@@ -75,18 +72,26 @@ def decay_groups(model: nn.Module, config: OptimizerConfig, weight_decay: float)
 def optimizer_groups(model: nn.Module, groups: DecayGroups, config: OptimizerConfig) -> list[dict[str, Any]]:
     """`params`, `weight_decay` and `name` for torch AdamW, whose step is θ ← θ − lr·(adam + weight_decay·θ).
 
-    Coupling `independent` wants θ ← θ − (lr/lr_peak)·λ·θ, so the group's decay is λ/lr_peak.
+    `model` is the whole model or a pipeline stage of it. Coupling `independent` wants θ ← θ − (lr/lr_peak)·λ·θ, so the group's
+    decay is λ/lr_peak.
     """
     value = groups.weight_decay / (config.learning_rate if groups.coupling == "independent" else 1.0)
     parameters = dict(model.named_parameters())
     unassigned = set(parameters) - set(groups.decayed) - set(groups.not_decayed)
-    if unassigned or len(groups.decayed) + len(groups.not_decayed) != len(parameters):
+    if unassigned or set(groups.decayed) & set(groups.not_decayed):
         raise AssertionError(f"decay groups do not cover the model exactly once: {sorted(unassigned)}")
-    candidates = [
-        {"name": "decayed", "weight_decay": value, "params": [parameters[n] for n in groups.decayed]},
-        {"name": "not_decayed", "weight_decay": 0.0, "params": [parameters[n] for n in groups.not_decayed]},
+    made = [
+        {"name": name, "weight_decay": decay, "params": [parameters[n] for n in members if n in parameters]}
+        for name, decay, members in (("decayed", value, groups.decayed), ("not_decayed", 0.0, groups.not_decayed))
+        if members
     ]
-    return [group for group in candidates if group["params"]]
+    # DeepSpeed sums the gradient norm group by group over all stages, so a stage that holds nothing of a group, such as that of
+    # the token embedding, must still have as many groups as the others: it splits the one it has.
+    filled = [group for group in made if group["params"]]
+    if len(filled) < len(made):
+        (only,) = filled
+        return [{**only, "params": only["params"][:1]}, {**only, "params": only["params"][1:]}]
+    return made
 
 
 def check_same_groups(stored: Mapping[str, Any], current: DecayGroups, origin: str) -> None:

@@ -1,6 +1,7 @@
-"""The process grid: who this process is, and sums over all processes.
+"""The process grid: who this process is on the axes pipeline × data × tensor, and what passes between processes.
 
-Today the grid has one axis, data. It is given to whatever needs it; nothing reads ranks from a global.
+It is made once per run and given to whatever needs it; nothing reads ranks from a global. The tensor axis runs fastest, so that
+tensor-parallel ranks are neighbours on one node; the pipeline axis runs slowest. The order is DeepSpeed's topology's.
 """
 
 from __future__ import annotations
@@ -10,46 +11,97 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed
+from torch import Tensor
 
+from megatron_plasticity.config.parallel import ParallelConfig
 from megatron_plasticity.errors import UserError
+from megatron_plasticity.parallel.tensor import SINGLE, TensorRanks
+
+_SENT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
 class ProcessGrid:
-    """Position of this process, 0-based, and the number of processes, along the data axis."""
+    """Position of this process, 0-based, and the number of processes, along each axis."""
 
     data_rank: int
     data_size: int
     device: torch.device
+    stage: int = 0
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    tensor: TensorRanks = SINGLE
+    deepspeed: Any = field(default=None, repr=False, compare=False)
+    """DeepSpeed's PipelineParallelGrid, which it calls `mpu`; None without model parallelism."""
+
+    @property
+    def size(self) -> int:
+        """Processes in all."""
+        return self.data_size * self.parallel.model_parallel_size
 
     @property
     def is_main(self) -> bool:
         """Whether this process writes files and talks to the person."""
-        return self.data_rank == 0
+        return self.data_rank == 0 and self.stage == 0 and self.tensor.rank == 0
 
-    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+    @property
+    def is_first_stage(self) -> bool:
+        return self.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.stage == self.parallel.pipeline - 1
+
+    @property
+    def reports_loss(self) -> bool:
+        """Whether this process stands for its data-parallel rank where losses are summed: exactly one process of each does."""
+        return self.is_last_stage and self.tensor.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
         """Sum of `tensor` over all processes, in place; every process must call it."""
-        if self.data_size > 1:
+        if self.size > 1:
             torch.distributed.all_reduce(tensor)
         return tensor
 
     def any(self, flag: bool) -> bool:
         """Whether `flag` is true on any process; every process must call it."""
-        if self.data_size == 1:
+        if self.size == 1:
             return flag
         return bool(self.sum(torch.tensor(float(flag), device=self.device)).item())
 
     def barrier(self) -> None:
         """Wait for all processes."""
-        if self.data_size > 1:
+        if self.size > 1:
             torch.distributed.barrier()
+
+    def to_main(self, tensor: Tensor | None, stage: int) -> Tensor | None:
+        """Bring a tensor from the first process of a pipeline stage to the main process, which returns it; others return None.
+
+        Every process may call it; all but these two do nothing. The tensor has at most seven dimensions and is of floats.
+        """
+        if stage == 0:
+            return tensor if self.is_main else None
+        if self.is_main:
+            source = stage * self.data_size * self.tensor.size
+            header = torch.zeros(9, dtype=torch.int64, device=self.device)
+            torch.distributed.recv(header, src=source)
+            dtype, dimensions, *shape = header.tolist()
+            received = torch.empty(shape[:dimensions], dtype=_SENT_TYPES[dtype], device=self.device)
+            torch.distributed.recv(received, src=source)
+            return received
+        if self.stage == stage and self.data_rank == 0 and self.tensor.rank == 0:
+            assert tensor is not None, "this process holds the tensor"
+            header = torch.zeros(9, dtype=torch.int64)
+            header[: 2 + tensor.dim()] = torch.tensor([_SENT_TYPES.index(tensor.dtype), tensor.dim(), *tensor.shape])
+            torch.distributed.send(header.to(self.device), dst=0)
+            torch.distributed.send(tensor.to(self.device).contiguous(), dst=0)
+        return None
 
 
 def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
@@ -64,9 +116,15 @@ def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
 
 
 @contextlib.contextmanager
-def process_grid(device: torch.device) -> Iterator[ProcessGrid]:
+def process_grid(device: torch.device, parallel: ParallelConfig | None = None) -> Iterator[ProcessGrid]:
     """Join the process group that a launcher has prepared (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or form one of a
-    single process without a launcher, and leave it at the end."""
+    single process without a launcher, and leave it at the end.
+
+    Raises ConfigError, before anything is joined, if the number of processes does not fit `parallel`.
+    """
+    parallel = parallel or ParallelConfig()
+    launched = "WORLD_SIZE" in os.environ and "RANK" in os.environ
+    data_size = parallel.data_parallel_size(int(os.environ["WORLD_SIZE"]) if launched else 1)
     if device.type == "cpu":
         # Before DeepSpeed is imported: it would otherwise look for accelerators, and choose one that we do not run on.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -80,7 +138,6 @@ def process_grid(device: torch.device) -> Iterator[ProcessGrid]:
     else:
         torch.cuda.set_device(device)
 
-    launched = "WORLD_SIZE" in os.environ and "RANK" in os.environ
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, launcher or not
     with tempfile.TemporaryDirectory(prefix="megatron-plasticity-") as folder:
         deepspeed.comm.init_distributed(
@@ -91,7 +148,21 @@ def process_grid(device: torch.device) -> Iterator[ProcessGrid]:
             **({} if launched else {"init_method": f"file://{Path(folder) / 'rendezvous'}", "rank": 0, "world_size": 1}),
         )
         try:
-            yield ProcessGrid(torch.distributed.get_rank(), torch.distributed.get_world_size(), device)
+            yield _grid(device, parallel, data_size)
         finally:
             # Through DeepSpeed, which otherwise believes that it is still initialised when the next run of this process starts.
             deepspeed.comm.destroy_process_group()
+
+
+def _grid(device: torch.device, parallel: ParallelConfig, data_size: int) -> ProcessGrid:
+    rank = torch.distributed.get_rank()
+    if parallel.model_parallel_size == 1:
+        return ProcessGrid(rank, data_size, device)
+    from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+
+    topology = PipeModelDataParallelTopology(num_pp=parallel.pipeline, num_mp=parallel.tensor, num_dp=data_size)
+    with contextlib.redirect_stdout(None):  # it prints the rank of every process
+        groups = PipelineParallelGrid(topology)
+    position = topology.get_coord(rank)
+    tensor = TensorRanks(position.model, parallel.tensor, groups.get_slice_parallel_group(), parallel.sequence)
+    return ProcessGrid(position.data, data_size, device, position.pipe, parallel, tensor, groups)

@@ -1,7 +1,8 @@
 """Which sequences each rank sees in each step: a pure function of the step, so nothing has to be stored to go on.
 
-Sample numbers of step s are [s·G, (s+1)·G) for a global batch of G. Micro-batch a of rank r takes the slice that starts at
-(a·ranks + r)·micro, so the global batch is the same set whatever the number of ranks.
+Sample numbers of step s are [s·G, (s+1)·G) for a global batch of G. Micro-batch a of data-parallel rank r takes the slice that
+starts at (a·ranks + r)·micro, so the global batch is the same set whatever the number of ranks. Processes that share a
+data-parallel rank (pipeline stages, tensor-parallel ranks) see the same sequences.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ class FinetuneBatches:
     def step(self, step: int) -> StepBatch:
         size = self._batch.global_batch_size
         chosen = [self._examples[i] for i in self._order.blocks(step * size, (step + 1) * size)]
-        micro_batches = [collate(chosen[part], self._padding_id) for part in _slices(self._batch, self._grid)]
+        multiple = self._grid.tensor.size if self._grid.tensor.sequence else 1
+        micro_batches = [collate(chosen[part], self._padding_id, multiple) for part in _slices(self._batch, self._grid)]
         # The first token of an example is never a target, the last one never an input.
         return StepBatch(
             micro_batches,

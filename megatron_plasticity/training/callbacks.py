@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -10,13 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_plasticity.capture.points import stage_of_point
 from megatron_plasticity.capture.recorder import Recorder
 from megatron_plasticity.capture.store import ActivationWriter
 from megatron_plasticity.config.analysis import CaptureConfig
 from megatron_plasticity.config.training import adamw_timescale
 from megatron_plasticity.errors import UserError
-from megatron_plasticity.models.sizes import flops_per_token
-from megatron_plasticity.optim.decay import HEAD, TOKEN_EMBEDDING
+from megatron_plasticity.models.sizes import HEAD, TOKEN_EMBEDDING, flops_per_token
 from megatron_plasticity.tracking.progress import Progress
 from megatron_plasticity.training.engine import TrainingEngine
 from megatron_plasticity.training.loop import Callback, StepOutcome
@@ -84,7 +85,7 @@ class TrainingMetrics(Callback):
             return None
         name = torch.cuda.get_device_name(self._engine.grid.device)
         peak = next((flops for key, flops in _PEAK_FLOPS.items() if key in name), None)
-        return None if peak is None else tokens_per_second * self._flops_per_token / (peak * self._engine.grid.data_size)
+        return None if peak is None else tokens_per_second * self._flops_per_token / (peak * self._engine.grid.size)
 
 
 def parameter_class(name: str) -> str:
@@ -105,14 +106,16 @@ class Norms(Callback):
 
     def before_step(self, step: int) -> None:
         if self._due(step):
-            self._before = {name: weight.detach().cpu().clone() for name, weight in self._engine.full_weights()}
+            self._before = {name: weight.cpu().clone() for name, weight in self._engine.full_weights() if weight is not None}
 
     def after_step(self, outcome: StepOutcome) -> None:
         if not self._due(outcome.step):
             return
         squares: dict[str, float] = {}
         for name, weight in self._engine.full_weights():
-            now = weight.detach().cpu()
+            if weight is None:  # the main process computes
+                continue
+            now = weight.cpu()
             for quantity, tensor in (("weight_norm", now), ("update_norm", now - self._before[name])):
                 key = f"{quantity}/{parameter_class(name)}"
                 squares[key] = squares.get(key, 0.0) + float(tensor.double().square().sum())
@@ -170,19 +173,34 @@ class Capture(Callback):
             self._dump(outcome.step)
 
     def _dump(self, step: int) -> None:
-        # Every rank runs the forward pass, since ZeRO-3 gathers weights in it; the first one writes.
-        if not self._engine.grid.is_main:
+        # Every process runs the forward passes: ZeRO-3 gathers weights in them, and each stage and tensor-parallel rank has its
+        # part of the activations. The main process writes.
+        grid = self._engine.grid
+        if not grid.is_main:
             for batch in self._batches():
-                self._engine.token_losses(batch, batch)
+                self._record(batch)
             return
         with ActivationWriter(self._folder, self._identity) as writer, writer.dump(step):
             for batch in self._batches():
-                with self._recorder:
-                    self._engine.token_losses(batch, batch)
-                writer.add(self._recorder.captured)
+                writer.add(self._record(batch))
+
+    def _record(self, batch: Tensor) -> dict[str, Tensor]:
+        """{point: activations} of a micro-batch on the main process, nothing on the others."""
+        micro = self._engine.recipe.batch.micro_batch_size
+        padded = torch.cat((batch, batch[:1].expand(micro - len(batch), -1)))  # stages agree on one shape
+        grid = self._engine.grid
+        with self._recorder if grid.data_rank == 0 else contextlib.nullcontext():
+            self._engine.evaluate([(padded, padded)])
+        captured = {}
+        for point in self._recorder.points:
+            stage = stage_of_point(point, self._engine.model.config, grid.parallel)
+            whole = grid.to_main(self._recorder.captured.get(point), stage)
+            if whole is not None:
+                captured[point] = whole[: len(batch)].cpu()
+        return captured
 
     def _batches(self) -> list[Tensor]:
-        return list(self._inputs.to(self._engine.grid.device).split(self._engine.recipe.batch.micro_batch_size))
+        return list(self._inputs.split(self._engine.recipe.batch.micro_batch_size))
 
 
 class Checkpoints(Callback):

@@ -1,14 +1,14 @@
-"""DeepSpeed behind a small face: forward and backward of a micro-batch, optimizer step, losses without gradients, whole tensors.
+"""DeepSpeed behind a small face: one optimizer step, losses without gradients, whole tensors; the same under every layout.
 
 Every number that DeepSpeed needs comes from our config; every trap of it that we know of is met here or in
-`config/deepspeed.py`, and has a test in `tests/training/test_engine.py`.
+`config/deepspeed.py`, and has a test in `tests/training/test_engine.py` or `tests/distributed/`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,107 +17,163 @@ from torch import Tensor, nn
 from megatron_plasticity.config.deepspeed import accumulation_steps, deepspeed_json, effective_zero_stage
 from megatron_plasticity.config.training import TrainingRecipe
 from megatron_plasticity.errors import UserError
-from megatron_plasticity.models.loss import TokenLoss
+from megatron_plasticity.models.loss import TokenLoss, token_loss
+from megatron_plasticity.models.partition import stage_of
+from megatron_plasticity.models.sizes import parameter_shapes
 from megatron_plasticity.models.transformer import Transformer
 from megatron_plasticity.optim.adamw import make_adamw
 from megatron_plasticity.optim.decay import DecayGroups, decay_groups, optimizer_groups
 from megatron_plasticity.parallel.grid import ProcessGrid
+from megatron_plasticity.training.batches import StepBatch
 from megatron_plasticity.training.objective import Objective, training_loss
 from megatron_plasticity.training.optimizer_state import MOMENTS, Moment, create_state, full_moment, full_weight, restore
+from megatron_plasticity.training.pipeline import MicroBatch, PipelineSchedule, on_device, pipeline_module
 
 
 class TrainingEngine:
     """A model under `deepspeed.initialize` with a torch AdamW in our decay groups."""
 
     def __init__(self, model: Transformer, recipe: TrainingRecipe, weight_decay: float, grid: ProcessGrid) -> None:
-        """`model` holds its fp32 initial weights, equal on every rank; it is moved and cast in place."""
+        """`model` is this process's part under the layout of `grid` (see `local_model`) and holds its fp32 initial weights; it
+        is moved and cast in place."""
         import deepspeed
 
         self.model = model
         self.grid = grid
         self.recipe = recipe
-        self.zero_stage = effective_zero_stage(recipe.engine)
+        self.zero_stage = effective_zero_stage(recipe.engine, grid.parallel)
         self.accumulation = accumulation_steps(recipe.batch, grid.data_size)
-        self.groups: DecayGroups = decay_groups(model, recipe.optimizer, weight_decay)
+        self.groups: DecayGroups = decay_groups(parameter_shapes(model.config), recipe.optimizer, weight_decay)
         model.activation_checkpointing = recipe.engine.activation_checkpointing
         optimizer = make_adamw(optimizer_groups(model, self.groups, recipe.optimizer), recipe.optimizer, grid.device)
-        settings = deepspeed_json(recipe.engine, recipe.batch, recipe.optimizer.gradient_clip, grid.data_size)
+        settings = deepspeed_json(recipe.engine, recipe.batch, recipe.optimizer.gradient_clip, grid.parallel, grid.data_size)
+        is_pipeline = grid.parallel.pipeline > 1
         with _quiet_deepspeed():
             self._engine: Any = deepspeed.initialize(
-                model=Objective(model), optimizer=optimizer, config=settings, dist_init_required=False
+                model=pipeline_module(model, grid, self._pipeline_loss) if is_pipeline else Objective(model),
+                optimizer=optimizer,
+                config=settings,
+                mpu=None if is_pipeline else grid.deepspeed,
+                dist_init_required=False,
             )[0]
         create_state(self._engine)
+        self._pipeline = PipelineSchedule(self._engine) if is_pipeline else None
+        self._cross_entropy = torch.zeros((), dtype=torch.float64, device=grid.device)
+        self._loss_scale = 0.0
 
-    @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters by canonical name; under ZeRO-3 they are partitioned, so go through `full_weights` for values."""
-        return dict(self.model.named_parameters())
+    def train_batch(self, batch: StepBatch) -> Tensor:
+        """One optimizer step on a global batch; returns its summed cross-entropy over this data-parallel rank's targets.
 
-    def train_micro_batch(self, inputs: Tensor, targets: Tensor, target_tokens: int) -> Tensor:
-        """Forward and backward of one of this step's micro-batches [B, S]; returns its summed cross-entropy, detached.
-
-        `target_tokens` counts the targets of the whole global batch: the loss is a mean per token over it, however tokens fall on
-        micro-batches and ranks. DeepSpeed divides by accumulation and averages over ranks, which the scale undoes.
+        The loss is a mean per target token over the whole global batch, however tokens fall on micro-batches and ranks: DeepSpeed
+        divides by accumulation and averages over data-parallel ranks, which the scale undoes. Summed over all processes the
+        results give the global batch's: those that do not report a loss (`grid.reports_loss`) return 0.
         """
-        losses = self._engine(inputs, targets)
-        scale = self.accumulation * self.grid.data_size / target_tokens
-        self._engine.backward(training_loss(losses, targets, self.model.config.z_loss_weight) * scale)
-        if self._engine.is_gradient_accumulation_boundary() and self._norm_is_ours:
-            self._gradient_norm = _global_norm(self.model)
-        self._engine.step()
+        self._loss_scale = self.accumulation * self.grid.data_size / batch.target_tokens
+        self._cross_entropy.zero_()
+        if self._pipeline is not None:
+            self._pipeline.train(batch.micro_batches)
+        else:
+            for inputs, targets in on_device(batch.micro_batches, self.grid):
+                self._engine.backward(self._scaled_loss(self._engine(inputs, targets), targets))
+                if self._engine.is_gradient_accumulation_boundary() and self._norm_is_ours:
+                    self._gradient_norm = _global_norm(self.model, self.grid)
+                self._engine.step()
         if self._engine.skipped_steps:
             # DeepSpeed would go on, without Adam and without decay, and count this step as none.
             raise UserError("DeepSpeed skipped an optimizer step: the gradient norm is not finite; lower the learning rate or λ")
-        return losses.cross_entropy.detach().sum()
+        return self._reported_cross_entropy()
 
     def set_learning_rate(self, learning_rate: float) -> None:
-        """Takes effect in the step that the next `accumulation` micro-batches complete."""
+        """Takes effect in the next step."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
 
     @property
     def gradient_norm(self) -> float:
-        """Global L2 norm of the last step's gradient, before clipping."""
+        """Global L2 norm of the last step's gradient, before clipping; the same on every process."""
         norm = self._gradient_norm if self._norm_is_ours else self._engine.get_global_grad_norm()
         return float(norm)
 
     @torch.no_grad()
-    def token_losses(self, inputs: Tensor, targets: Tensor) -> TokenLoss:
-        """Losses [B, S] without gradients. Every rank must call it equally often (ZeRO-3 gathers weights)."""
-        self._engine.eval()
-        try:
-            return self._engine(inputs, targets)
-        finally:
-            self._engine.train()
+    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """Summed cross-entropy of micro-batches (inputs, targets) without gradients, fp64; 0 on processes that report none.
 
-    def full_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and whole fp32 master weights, one at a time. A collective: every rank must exhaust it."""
-        for name, parameter in self.parameters.items():
-            yield name, full_weight(self._engine, parameter)
+        A collective: every process must call it with as many micro-batches (ZeRO-3 gathers weights), those of one data-parallel
+        rank with the same.
+        """
+        self._cross_entropy.zero_()
+        self._loss_scale = 1.0
+        if self._pipeline is not None:
+            self._pipeline.evaluate(micro_batches)
+        else:
+            self._engine.eval()
+            try:
+                for inputs, targets in on_device(micro_batches, self.grid):
+                    self._scaled_loss(self._engine(inputs, targets), targets)
+            finally:
+                self._engine.train()
+        return self._reported_cross_entropy()
 
-    def full_moments(self, moment: Moment) -> Iterator[tuple[str, Tensor]]:
-        """Names and whole AdamW moments, one at a time. A collective: every rank must exhaust it."""
-        for name, parameter in self.parameters.items():
-            yield name, full_moment(self._engine, parameter, moment)
+    def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
+        """Names and whole fp32 master weights of the whole model, one at a time, on the main process; None on the others.
 
-    def restore(self, weights: dict[str, Tensor], moments: dict[Moment, dict[str, Tensor]], step: int) -> None:
-        """Continue from whole fp32 weights and moments after `step` steps. The model must have been built from `weights`."""
+        A collective: every process must exhaust it."""
+        return self._on_main(lambda parameter: full_weight(self._engine, parameter))
+
+    def full_moments(self, moment: Moment) -> Iterator[tuple[str, Tensor | None]]:
+        """Names and whole AdamW moments, as `full_weights`."""
+        return self._on_main(lambda parameter: full_moment(self._engine, parameter, moment))
+
+    def restore(self, weights: Mapping[str, Tensor], moments: Mapping[Moment, Mapping[str, Tensor]], step: int) -> None:
+        """Continue from the whole model's fp32 weights and moments, by name, after `step` steps. The model must have been built
+        from `weights`."""
         assert set(moments) == set(MOMENTS)
-        restore(self._engine, self.parameters, weights, moments, step)
+
+        def part(name: str, whole: Tensor) -> Tensor:
+            return self.model.sharding(name).take(whole, self.grid.tensor.rank)
+
+        restore(self._engine, dict(self.model.named_parameters()), weights, moments, part, step)
+
+    def close(self) -> None:
+        """Let go of hooks and buffers, so that the next run of this process starts clean."""
+        self._engine.destroy()
+
+    def _pipeline_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return self._scaled_loss(token_loss(logits, targets, self.grid.tensor), targets)
+
+    def _scaled_loss(self, losses: TokenLoss, targets: Tensor) -> Tensor:
+        """What a micro-batch adds to the loss, as DeepSpeed wants it; its cross-entropy is noted."""
+        self._cross_entropy += losses.cross_entropy.detach().sum(dtype=torch.float64)
+        return training_loss(losses, targets, self.model.config.z_loss_weight) * self._loss_scale
+
+    def _reported_cross_entropy(self) -> Tensor:
+        return self._cross_entropy.clone() if self.grid.reports_loss else torch.zeros_like(self._cross_entropy)
+
+    def _on_main(self, gather: Any) -> Iterator[tuple[str, Tensor | None]]:
+        parameters = dict(self.model.named_parameters())
+        ranks = self.grid.tensor
+        for name in parameter_shapes(self.model.config):
+            stage = stage_of(name, self.model.config, self.grid.parallel)
+            whole = None
+            if stage == self.grid.stage:
+                piece = gather(parameters[name]).detach()
+                whole = self.model.sharding(name).join(ranks.all_gather(piece)) if ranks.size > 1 else piece
+            yield name, self.grid.to_main(whole, stage)
 
     @property
     def _norm_is_ours(self) -> bool:
         """fp32 at stage 0: DeepSpeed clips but does not say by which norm."""
         return self.zero_stage == 0
 
-    def close(self) -> None:
-        """Let go of hooks and buffers, so that the next run of this process starts clean."""
-        self._engine.destroy()
 
-
-def _global_norm(model: nn.Module) -> Tensor:
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    return torch.nn.utils.get_total_norm(gradients)
+def _global_norm(model: nn.Module, grid: ProcessGrid) -> Tensor:
+    """Over the tensor-parallel ranks each piece counts once. (Stage 0 never meets a pipeline, see `effective_zero_stage`.)"""
+    counted = [p.grad for p in model.parameters() if p.grad is not None and getattr(p, "tensor_model_parallel", True)]
+    if grid.tensor.size == 1:
+        return torch.nn.utils.get_total_norm(counted)
+    square = torch.nn.utils.get_total_norm(counted).square()
+    grid.tensor.all_reduce(square)
+    return square.sqrt()
 
 
 @contextlib.contextmanager
@@ -127,6 +183,7 @@ def _quiet_deepspeed() -> Iterator[None]:
     level = logger.level
     logger.setLevel(logging.WARNING)
     try:
-        yield
+        with contextlib.redirect_stdout(None):  # the pipeline module prints
+            yield
     finally:
         logger.setLevel(level)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import shutil
 
+from megatron_plasticity.config.support import check_supported
 from megatron_plasticity.config.training import FinetuneConfig
 from megatron_plasticity.data.prepare import TOKENIZER_FILE
 from megatron_plasticity.data.sft import EncodedExample, encode_examples
 from megatron_plasticity.data.tokenizer import Tokenizer
 from megatron_plasticity.errors import ConfigError, UserError
 from megatron_plasticity.evaluation.tasks import get_task
-from megatron_plasticity.models.transformer import Transformer
+from megatron_plasticity.models.transformer import local_model
 from megatron_plasticity.parallel.grid import ProcessGrid, process_grid, resolve_device
 from megatron_plasticity.tracking.progress import Both, FolderProgress, NoProgress, Progress
 from megatron_plasticity.tracking.run_folder import RunFolder
@@ -22,7 +23,8 @@ from megatron_plasticity.training.session import held, training_session
 def finetune(config: FinetuneConfig, progress: Progress) -> RunFolder:
     """Fine-tune (or go on, or do nothing if it is done); returns the run folder. Every rank of the launch calls it."""
     base = TrainedModel.open(config.base)
-    with process_grid(resolve_device(config.device)) as grid:
+    check_supported(config, base.checkpoint.model, str(config.base))
+    with process_grid(resolve_device(config.device), config.parallel) as grid:
         if grid.is_main:
             finetune_folder(config, base)
         grid.barrier()
@@ -55,8 +57,8 @@ def _finetune(config: FinetuneConfig, base: TrainedModel, folder: RunFolder, gri
         "seed": config.seed,
     }
 
-    model = Transformer(base.checkpoint.model)
-    model.load_state_dict(base.checkpoint.tensors())
+    model = local_model(base.checkpoint.model, grid)
+    model.load_whole(base.checkpoint.tensors())
     with training_session(folder, "finetune", config, model, weight_decay, batches, data_identity, grid) as session:
         if grid.is_main:
             shutil.copyfile(base.tokenizer_path, folder.path / TOKENIZER_FILE)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from megatron_plasticity.errors import Interrupted
@@ -24,7 +23,8 @@ class StepOutcome:
     """Steps taken so far, this one included."""
     learning_rate: float
     cross_entropy: Tensor
-    """Summed over this rank's targets; a device tensor, so that reading it is the reader's cost."""
+    """What this process reports of the batch's summed cross-entropy (see `TrainingEngine.train_batch`); a device tensor, so that
+    reading it is the reader's cost."""
     batch: StepBatch
     seconds: float
     """Wall time of the step itself, without callbacks. On a GPU the kernels may still be running."""
@@ -54,10 +54,7 @@ def train(engine: TrainingEngine, batches: Batches, start_step: int, callbacks: 
         learning_rate = learning_rate_at(step, batches.steps, optimizer.learning_rate, schedule)
         engine.set_learning_rate(learning_rate)
         batch = batches.step(step)
-        cross_entropy = torch.zeros((), device=engine.grid.device)
-        for inputs, targets in batch.micro_batches:
-            inputs, targets = inputs.to(engine.grid.device), targets.to(engine.grid.device)
-            cross_entropy += engine.train_micro_batch(inputs, targets, batch.target_tokens)
+        cross_entropy = engine.train_batch(batch)
         seconds = time.perf_counter() - began
 
         outcome = StepOutcome(step + 1, learning_rate, cross_entropy, batch, seconds)

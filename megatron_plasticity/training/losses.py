@@ -13,20 +13,20 @@ from megatron_plasticity.training.engine import TrainingEngine
 def mean_cross_entropy(engine: TrainingEngine, reader: BlockReader, blocks: np.ndarray) -> float:
     """Mean cross-entropy in nats per token over `blocks` of `reader`: fp32 losses, summed in fp64 over all ranks. A collective.
 
-    Ranks take turns in micro-batches. Under ZeRO-3 all must make as many forward passes, so the last ones may repeat a block
-    without counting it.
+    Data-parallel ranks take turns in micro-batches. All make as many forward passes (ZeRO-3 gathers weights in them) of the same
+    shape (pipeline stages agree on it), so the last ones may repeat a block without counting it.
     """
     grid, micro = engine.grid, engine.recipe.batch.micro_batch_size
-    total = torch.zeros(2, dtype=torch.float64, device=grid.device)
+    micro_batches = []
+    targets_seen = 0
     for start in range(grid.data_rank * micro, _padded(len(blocks), micro * grid.data_size), micro * grid.data_size):
         mine = blocks[start : start + micro]
-        inputs, targets = reader.batch(mine if len(mine) else blocks[:1])
-        if not len(mine):
-            targets = torch.full_like(targets, IGNORE)
-        losses = engine.token_losses(inputs.to(grid.device), targets.to(grid.device))
-        total[0] += losses.cross_entropy.double().sum()
-        total[1] += (targets != IGNORE).sum()
-    total = grid.sum(total)
+        inputs, targets = reader.batch(np.concatenate([mine, np.repeat(blocks[:1], micro - len(mine))]))
+        targets[len(mine) :] = IGNORE
+        targets_seen += int((targets != IGNORE).sum())
+        micro_batches.append((inputs, targets))
+    losses = engine.evaluate(micro_batches)
+    total = grid.sum(torch.stack((losses, torch.full_like(losses, targets_seen if grid.reports_loss else 0))))
     return float(total[0] / total[1])
 
 

@@ -17,7 +17,7 @@ class Objective(nn.Module):
 
     def forward(self, inputs: Tensor, targets: Tensor) -> TokenLoss:
         """`inputs` and `targets` [B, S] int64 → losses [B, S] fp32, 0 where the target is ignored."""
-        return token_loss(self.model(inputs), targets)
+        return token_loss(self.model(inputs), targets, self.model.ranks)
 
 
 def training_loss(losses: TokenLoss, targets: Tensor, z_loss_weight: float) -> Tensor:

@@ -1,10 +1,12 @@
 """Full fp32 weights and AdamW moments, in and out of DeepSpeed's optimizers, whatever the ZeRO stage.
 
-This is what makes our checkpoints free of the layout: a tensor is always whole and carries its parameter's name.
+With `models/partition.py`, which knows the pieces of tensor parallelism, and the process grid, which brings them together, this
+is what makes our checkpoints free of the layout: a tensor is always whole and carries its parameter's name.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -16,7 +18,8 @@ MOMENTS: tuple[Moment, ...] = ("exp_avg", "exp_avg_sq")
 
 
 def full_weight(engine: Any, parameter: nn.Parameter) -> Tensor:
-    """The fp32 master weight, whole. A collective: every rank must call it, for the same parameters in the same order.
+    """The fp32 master weight of what this process's tensor-parallel ranks hold, gathered over data-parallel ranks. A collective:
+    these must all call it, for the same parameters in the same order.
 
     The result may share memory with the weight itself (stage 0); clone it to keep it.
     """
@@ -30,7 +33,7 @@ def full_weight(engine: Any, parameter: nn.Parameter) -> Tensor:
 
 
 def full_moment(engine: Any, parameter: nn.Parameter, moment: Moment) -> Tensor:
-    """An AdamW moment, fp32, whole, in the shape of its parameter. A collective, see `full_weight`."""
+    """An AdamW moment, fp32, in the shape of its parameter. A collective, see `full_weight`."""
     if not engine.zero_optimization() and not engine.bfloat16_enabled():
         return engine.optimizer.state[parameter][moment]
     from deepspeed.utils import safe_get_full_optimizer_state
@@ -56,12 +59,15 @@ def create_state(engine: Any) -> None:
 
 def restore(
     engine: Any,
-    parameters: dict[str, nn.Parameter],
-    weights: dict[str, Tensor],
-    moments: dict[Moment, dict[str, Tensor]],
+    parameters: Mapping[str, nn.Parameter],
+    weights: Mapping[str, Tensor],
+    moments: Mapping[Moment, Mapping[str, Tensor]],
+    part: Callable[[str, Tensor], Tensor],
     step: int,
 ) -> None:
     """Put master weights and moments [whole, fp32, by name] and Adam's step count into the optimizer, after `create_state`.
+
+    `part` cuts out of a whole tensor what this process holds of it under tensor parallelism.
 
     The module must hold `weights` since before `deepspeed.initialize`; what remains is the part of the fp32 master weights that
     rounding to bf16 took away, the moments, and the count.
@@ -70,9 +76,9 @@ def restore(
     torch_optimizer = getattr(wrapped, "optimizer", wrapped)
     set_step(torch_optimizer, _optimized_tensors(wrapped), step)
     for name, parameter in parameters.items():
-        _set(engine, parameter, weights[name], None)
+        _set(engine, parameter, part(name, weights[name]), None)
         for moment in MOMENTS:
-            _set(engine, parameter, moments[moment][name], moment)
+            _set(engine, parameter, part(name, moments[moment][name]), moment)
 
 
 def _optimized_tensors(wrapped: Any) -> list[Tensor]:
@@ -84,7 +90,7 @@ def _optimized_tensors(wrapped: Any) -> list[Tensor]:
 
 
 def _set(engine: Any, parameter: nn.Parameter, value: Tensor, moment: Moment | None) -> None:
-    value = value.to(parameter.device)
+    value = value.to(parameter.device).contiguous()
     if hasattr(parameter, "ds_id"):
         _set_partition(parameter, value, moment)
     elif hasattr(parameter, "_hp_mapping"):

@@ -15,8 +15,8 @@ from megatron_plasticity.data.prepare import TOKENIZER_FILE, read_manifest
 from megatron_plasticity.data.token_store import TokenStore
 from megatron_plasticity.data.tokenizer import Tokenizer, check_tokenizer_fits
 from megatron_plasticity.models.initialisation import initialise
-from megatron_plasticity.models.sizes import parameter_count
-from megatron_plasticity.models.transformer import Transformer
+from megatron_plasticity.models.sizes import parameter_count, parameter_shapes
+from megatron_plasticity.models.transformer import local_model
 from megatron_plasticity.parallel.grid import ProcessGrid, process_grid, resolve_device
 from megatron_plasticity.tracking.progress import Both, FolderProgress, NoProgress, Progress
 from megatron_plasticity.tracking.run_folder import RunFolder
@@ -38,7 +38,7 @@ def pretrain(config: PretrainConfig, progress: Progress) -> RunFolder:
 
     Every rank of the launch calls it. Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
-    with process_grid(resolve_device(config.device)) as grid:
+    with process_grid(resolve_device(config.device), config.parallel) as grid:
         if grid.is_main:
             pretrain_folder(config)
         grid.barrier()
@@ -63,7 +63,7 @@ def _pretrain(config: PretrainConfig, folder: RunFolder, grid: ProcessGrid, prog
         consumed = step * config.batch.global_batch_size
         return Ledger(config.data.seed, config.model.context_length, len(train_reader), manifest["sha256"], consumed)
 
-    model = Transformer(config.model)
+    model = local_model(config.model, grid)
     initialise(model, config.seed)
     with training_session(folder, "pretrain", config, model, config.weight_decay, batches, data_identity, grid) as session:
         held_out_blocks = np.arange(min(config.data.held_out_sequences, len(held_out_reader)))
@@ -85,7 +85,7 @@ def _pretrain(config: PretrainConfig, folder: RunFolder, grid: ProcessGrid, prog
                 Capture(session.engine, config.capture, probe_inputs, config.total_steps, folder.path / "activations", identity)
             )
         if grid.is_main:
-            print(session.engine.groups.table({n: p.shape for n, p in model.named_parameters()}), flush=True)
+            print(session.engine.groups.table(parameter_shapes(config.model)), flush=True)
             shutil.copyfile(corpus / TOKENIZER_FILE, folder.path / TOKENIZER_FILE)
         show = Both(progress, FolderProgress(folder)) if grid.is_main else NoProgress()
         session.run(callbacks, show, config.model.context_length)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import shutil
 from collections.abc import Iterator, Mapping
@@ -83,8 +84,7 @@ class TrainingSession:
         tensors = {WEIGHTS: self.engine.full_weights()} | {m: self.engine.full_moments(m) for m in MOMENTS}
         if not self.engine.grid.is_main:
             for pairs in tensors.values():
-                for _ in pairs:
-                    pass
+                collections.deque(pairs, maxlen=0)
             return
         assert self.log is not None
         self.log.sync()
@@ -115,7 +115,7 @@ def training_session(
     source = _starting_point(folder, recipe)
     weights = source.tensors() if source else None
     if source is not None and weights is not None and source.model == model.config:
-        model.load_state_dict(weights)
+        model.load_whole(weights)
     engine = TrainingEngine(model, recipe, weight_decay, grid)
     start_step = 0
     log = None

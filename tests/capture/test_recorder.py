@@ -30,7 +30,7 @@ def test_outputs_and_gradients_are_bit_equal_with_every_point_recorded(model: Tr
 
 def test_recorded_tensors_belong_together_as_the_architecture_says(model: Transformer, tokens: Tensor) -> None:
     record = Recorder(model, ["*"]).record(tokens)
-    assert list(record) == hook_points(model)
+    assert list(record) == hook_points(model.config)
     assert torch.equal(record["embed"], model.embed.weight[tokens])
     assert torch.equal(record["layers.0.resid_post"], record["layers.1.resid_pre"])
     block = model.layers[1]

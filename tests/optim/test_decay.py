@@ -7,6 +7,7 @@ import pytest
 from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.config.training import DecayConfig, DecayPattern, OptimizerConfig
 from megatron_plasticity.errors import CheckpointError, ConfigError
+from megatron_plasticity.models.sizes import parameter_shapes
 from megatron_plasticity.models.transformer import Transformer
 from megatron_plasticity.optim.decay import DecayGroups, check_same_groups, decay_groups, optimizer_groups
 
@@ -44,7 +45,7 @@ def optimizer(decay: DecayConfig | None = None, **values: float) -> OptimizerCon
 
 
 def groups(transformer: Transformer, **decay: object) -> DecayGroups:
-    return decay_groups(transformer, optimizer(DecayConfig.model_validate(decay)), 0.1)
+    return decay_groups(parameter_shapes(transformer.config), optimizer(DecayConfig.model_validate(decay)), 0.1)
 
 
 @pytest.mark.parametrize("family", ["llama2", "olmo2"])
@@ -104,7 +105,7 @@ def test_patterns_without_their_scope_are_refused() -> None:
 def test_every_parameter_is_in_one_optimizer_group() -> None:
     transformer = model("olmo2")
     settings = optimizer(DecayConfig(scope="no_token_embedding"))
-    made = optimizer_groups(transformer, decay_groups(transformer, settings, 0.1), settings)
+    made = optimizer_groups(transformer, decay_groups(parameter_shapes(transformer.config), settings, 0.1), settings)
     ids = [id(parameter) for group in made for parameter in group["params"]]
     assert len(ids) == len(set(ids)) == len(list(transformer.parameters()))
     assert [group["weight_decay"] for group in made] == [0.1, 0.0]
@@ -113,7 +114,7 @@ def test_every_parameter_is_in_one_optimizer_group() -> None:
 def test_independent_coupling_divides_by_the_peak() -> None:
     transformer = model()
     settings = optimizer(DecayConfig(coupling="independent"))
-    made = optimizer_groups(transformer, decay_groups(transformer, settings, 0.1), settings)
+    made = optimizer_groups(transformer, decay_groups(parameter_shapes(transformer.config), settings, 0.1), settings)
     assert made[0]["weight_decay"] == pytest.approx(0.1 / 0.01)  # AdamW multiplies by lr: at the peak θ shrinks by λ itself
 
 
@@ -128,7 +129,7 @@ def test_the_fingerprint_tells_any_difference() -> None:
     base = groups(model(), scope="all")
     assert base.sha256 == groups(model(), scope="all").sha256
     assert base.sha256 != groups(model(), scope="matrices").sha256
-    assert base.sha256 != decay_groups(model(), optimizer(), 0.2).sha256
+    assert base.sha256 != decay_groups(parameter_shapes(model().config), optimizer(), 0.2).sha256
 
 
 def test_equal_groups_pass_and_others_are_told_apart() -> None:

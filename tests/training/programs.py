@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from megatron_plasticity.config.model import ModelConfig
+from megatron_plasticity.config.parallel import ParallelConfig
 from megatron_plasticity.config.training import (
     BatchConfig,
     DecayConfig,
@@ -19,14 +20,17 @@ from megatron_plasticity.config.training import (
     ScheduleConfig,
     TrainingRecipe,
 )
+from megatron_plasticity.models.checkpoint import WEIGHTS
 from megatron_plasticity.models.initialisation import initialise
 from megatron_plasticity.models.loss import IGNORE, token_loss
-from megatron_plasticity.models.transformer import Transformer
+from megatron_plasticity.models.sizes import parameter_shapes
+from megatron_plasticity.models.transformer import Transformer, local_model
 from megatron_plasticity.optim.decay import decay_groups, optimizer_groups
 from megatron_plasticity.optim.schedule import learning_rate_at
-from megatron_plasticity.parallel.grid import process_grid
+from megatron_plasticity.parallel.grid import ProcessGrid, process_grid
+from megatron_plasticity.training.batches import StepBatch
 from megatron_plasticity.training.engine import TrainingEngine
-from megatron_plasticity.training.optimizer_state import MOMENTS, Moment
+from megatron_plasticity.training.optimizer_state import MOMENTS
 
 MODEL = ModelConfig.model_validate(
     {
@@ -52,6 +56,8 @@ class Trajectory:
     gradient_norms: list[float]
     weights: dict[str, Tensor]
     moments: dict[str, dict[str, Tensor]]
+    first_gradients: dict[str, Tensor] = field(default_factory=dict)
+    """Of the first step, after clipping."""
 
 
 def recipe(
@@ -60,9 +66,11 @@ def recipe(
     *,
     scope: DecayScope = "no_token_embedding",
     clip: float = 0.5,
+    eps: float = 1e-8,
     global_batch: int = 8,
     micro_batch: int = 8,
     checkpointing: bool = False,
+    parallel: ParallelConfig | None = None,
 ) -> TrainingRecipe:
     return TrainingRecipe(
         optimizer=OptimizerConfig(
@@ -70,10 +78,12 @@ def recipe(
             weight_decay=0.3,
             decay=DecayConfig(scope=scope),
             gradient_clip=clip,
+            eps=eps,
         ),
         schedule=ScheduleConfig(),
         batch=BatchConfig(global_batch_size=global_batch, micro_batch_size=micro_batch),
         engine=EngineConfig(zero_stage=zero_stage, precision=precision, activation_checkpointing=checkpointing),  # type: ignore[arg-type]
+        parallel=parallel or ParallelConfig(),
         device="cpu",
     )
 
@@ -102,41 +112,59 @@ def engine_run(
     interrupted_at: int | None = None,
     data: Callable[[int, int], tuple[Tensor, Tensor]] = global_batch,
 ) -> Trajectory:
-    """Train for `steps` steps under DeepSpeed; with `interrupted_at`, save whole tensors there and go on in a new engine."""
+    """Train for `steps` steps under DeepSpeed in the layout of `settings`; with `interrupted_at`, save whole tensors there and go
+    on in a new engine. Whole tensors are on the main process only."""
     losses, norms = [], []
-    size = settings.batch.global_batch_size
-    micro = settings.batch.micro_batch_size
-    with process_grid(torch.device("cpu")) as grid:
-        engine = TrainingEngine(initial_model(model), settings, weight_decay, grid)
+    first_gradients: dict[str, Tensor] = {}
+    with process_grid(torch.device("cpu"), settings.parallel) as grid:
+        local = local_model(model, grid)
+        initialise(local, seed=1)
+        engine = TrainingEngine(local, settings, weight_decay, grid)
         for step in range(steps):
             if step == interrupted_at:
                 engine = _restarted(engine, settings, weight_decay, model, step)
             engine.set_learning_rate(learning_rate_at(step, steps, settings.optimizer.learning_rate, settings.schedule))
-            inputs, targets = data(step, size)
-            target_tokens = int((targets != IGNORE).sum())
-            cross_entropy = torch.zeros(())
-            for a in range(engine.accumulation):
-                rows = slice((a * grid.data_size + grid.data_rank) * micro, (a * grid.data_size + grid.data_rank + 1) * micro)
-                cross_entropy += engine.train_micro_batch(inputs[rows], targets[rows], target_tokens)
-            losses.append(float(grid.sum(cross_entropy)) / target_tokens)
+            batch = step_batch(settings, grid, step, data)
+            losses.append(float(grid.sum(engine.train_batch(batch))) / batch.target_tokens)
             norms.append(engine.gradient_norm)
-        weights = {name: tensor.detach().clone() for name, tensor in engine.full_weights()}
-        moments = {m: {name: t.clone() for name, t in engine.full_moments(m)} for m in MOMENTS}
+            if step == 0:
+                moments = whole(engine.full_moments("exp_avg"))
+                first_gradients = {name: moment / (1 - settings.optimizer.betas[0]) for name, moment in moments.items()}
+        weights = whole(engine.full_weights())
+        moments = {m: whole(engine.full_moments(m)) for m in MOMENTS}
         engine.close()
-    return Trajectory(losses, norms, weights, moments)
+    return Trajectory(losses, norms, weights, moments, first_gradients)
+
+
+def step_batch(
+    settings: TrainingRecipe, grid: ProcessGrid, step: int, data: Callable[[int, int], tuple[Tensor, Tensor]] = global_batch
+) -> StepBatch:
+    """This process's share of a global batch."""
+    size, micro = settings.batch.global_batch_size, settings.batch.micro_batch_size
+    inputs, targets = data(step, size)
+    starts = range(grid.data_rank * micro, size, micro * grid.data_size)
+    micro_batches = [(inputs[start : start + micro], targets[start : start + micro]) for start in starts]
+    return StepBatch(micro_batches, int((targets != IGNORE).sum()), inputs.numel())
+
+
+def whole(tensors: Iterable[tuple[str, Tensor | None]]) -> dict[str, Tensor]:
+    """Copies of whole tensors by name; empty on all processes but the main one."""
+    return {name: tensor.detach().clone() for name, tensor in tensors if tensor is not None}
 
 
 def _restarted(
     engine: TrainingEngine, settings: TrainingRecipe, weight_decay: float, model: ModelConfig, step: int
 ) -> TrainingEngine:
-    weights = {name: tensor.detach().clone() for name, tensor in engine.full_weights()}
-    moments: dict[Moment, dict[str, Tensor]] = {m: {name: t.clone() for name, t in engine.full_moments(m)} for m in MOMENTS}
+    """A new engine that goes on from whole tensors, which every process reads, as they would from a checkpoint."""
     grid = engine.grid
+    saved: list[Any] = [{WEIGHTS: whole(engine.full_weights()), **{m: whole(engine.full_moments(m)) for m in MOMENTS}}]
     engine.close()
-    fresh = Transformer(model)
-    fresh.load_state_dict(weights)
+    if grid.size > 1:
+        torch.distributed.broadcast_object_list(saved)
+    fresh = local_model(model, grid)
+    fresh.load_whole(saved[0][WEIGHTS])
     engine = TrainingEngine(fresh, settings, weight_decay, grid)
-    engine.restore(weights, moments, step)
+    engine.restore(saved[0][WEIGHTS], {m: saved[0][m] for m in MOMENTS}, step)
     return engine
 
 
@@ -154,9 +182,10 @@ def bare_run(
         for parameter in master.parameters():
             parameter.data = parameter.data.bfloat16().float()
     working = initial_model(model).bfloat16() if bf16 else master
-    groups = optimizer_groups(master, decay_groups(master, settings.optimizer, weight_decay), settings.optimizer)
+    groups = optimizer_groups(master, decay_groups(parameter_shapes(model), settings.optimizer, weight_decay), settings.optimizer)
     optimizer = torch.optim.AdamW(groups, lr=1.0, betas=settings.optimizer.betas, eps=settings.optimizer.eps)
     losses, norms = [], []
+    first_gradients: dict[str, Tensor] = {}
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, steps, settings.optimizer.learning_rate, settings.schedule)
@@ -175,13 +204,15 @@ def bare_run(
         norms.append(float(torch.nn.utils.get_total_norm([p.grad for p in master.parameters()])))  # type: ignore[misc]
         if settings.optimizer.gradient_clip:
             torch.nn.utils.clip_grad_norm_(master.parameters(), settings.optimizer.gradient_clip)
+        if step == 0:
+            first_gradients = {name: p.grad.clone() for name, p in master.named_parameters() if p.grad is not None}
         optimizer.step()
         if bf16:
             for parameter, source in zip(working.parameters(), master.parameters(), strict=True):
                 parameter.data.copy_(source.data)
     weights = {name: parameter.detach().clone() for name, parameter in master.named_parameters()}
     moments: dict[str, Any] = {m: {n: optimizer.state[p][m].clone() for n, p in master.named_parameters()} for m in MOMENTS}
-    return Trajectory(losses, norms, weights, moments)
+    return Trajectory(losses, norms, weights, moments, first_gradients)
 
 
 def largest_difference(a: Trajectory, b: Trajectory) -> float:

@@ -49,7 +49,7 @@ def rows_without_time(folder: RunFolder) -> list[dict[str, object]]:
 
 
 def final_weights(folder: RunFolder) -> dict[str, torch.Tensor]:
-    return open_checkpoint(folder.path).tensors()
+    return dict(open_checkpoint(folder.path).tensors())
 
 
 def test_a_run_leaves_what_everything_after_it_needs(pretrain_config: Make, tiny_corpus: Path) -> None:
