@@ -126,7 +126,8 @@ def _describe(cls: type[BaseModel], error: ValidationError) -> Iterator[str]:
         elif problem["type"] == "missing":
             yield f"{where}: this key is required"
         elif problem["type"] == "value_error" and "ctx" in problem:
-            yield f"{where}: {problem['ctx']['error']}"
+            for line in str(problem["ctx"]["error"]).splitlines():  # a validator may find several things wrong
+                yield f"{where}: {line}"
         else:
             message = problem["msg"][0].lower() + problem["msg"][1:]
             yield f"{where}: {message}, found {problem['input']!r}"

@@ -182,7 +182,7 @@ class TrainingRecipe(Section):
     def _settings_go_together(self) -> TrainingRecipe:
         problems = list(unsupported(self, getattr(self, "model", None)))
         if problems:
-            raise ValueError("; ".join(problems))
+            raise ValueError("\n".join(problems))
         return self
 
 

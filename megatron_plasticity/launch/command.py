@@ -1,4 +1,4 @@
-"""The command that starts a verb of ours on several processes under the deepspeed launcher."""
+"""Commands that start several processes under the deepspeed launcher."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from pathlib import Path
 from megatron_plasticity.errors import UserError
 
 
-def deepspeed_command(verb: str, config: Path, processes: int, devices: Sequence[str] = ()) -> list[str]:
-    """`deepspeed … --module megatron_plasticity VERB CONFIG`, for `processes` ranks on this machine.
+def launcher_command(program: Sequence[str], processes: int, devices: Sequence[str] = ()) -> list[str]:
+    """`deepspeed … PROGRAM` for `processes` ranks on this machine. PROGRAM is a script, or `--module` and a module, with its
+    arguments.
 
     `devices` are the GPUs to use, by their index: given a number of GPUs, the launcher ignores CUDA_VISIBLE_DEVICES. On a machine
     without GPUs set `DS_ACCELERATOR=cpu`: the launcher then counts slots instead of devices.
@@ -25,8 +26,12 @@ def deepspeed_command(verb: str, config: Path, processes: int, devices: Sequence
         )
     where = ["--include", f"localhost:{','.join(devices)}"] if devices else ["--num_gpus", str(processes)]
     # Through our own Python: the launcher's first line may name one of an environment that was moved.
-    launcher = [sys.executable, found, *where, "--master_port", str(_free_port())]
-    return [*launcher, "--module", "megatron_plasticity", verb, str(config)]
+    return [sys.executable, found, *where, "--master_port", str(_free_port()), *program]
+
+
+def deepspeed_command(verb: str, config: Path, processes: int, devices: Sequence[str] = ()) -> list[str]:
+    """The command of a verb of ours: `deepspeed … --module megatron_plasticity VERB CONFIG`."""
+    return launcher_command(["--module", "megatron_plasticity", verb, str(config)], processes, devices)
 
 
 def _free_port() -> int:

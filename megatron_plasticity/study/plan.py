@@ -19,6 +19,7 @@ from megatron_plasticity.config.evaluation import EvaluateConfig
 from megatron_plasticity.config.hashing import config_hash
 from megatron_plasticity.config.load import check_config, merge, set_at
 from megatron_plasticity.config.study import StudyConfig
+from megatron_plasticity.config.support import check_supported
 from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig, TaskConfig
 from megatron_plasticity.data.prepare import prepared_folder
 from megatron_plasticity.errors import ConfigError, UserError
@@ -100,9 +101,11 @@ def check_study(config: StudyConfig) -> list[PretrainConfig]:
 def _check_base(config: StudyConfig, point: Mapping[str, Any], bases: list[PretrainConfig]) -> None:
     """Append one point's pretraining config, not named yet. Raises ConfigError if it, or what follows from it, cannot work."""
     base = _pretrain_config(config, point)
-    accumulation_steps(base.batch, config.resources.processes_per_run)
+    processes = config.resources.processes_per_run
+    accumulation_steps(base.batch, base.parallel.data_parallel_size(processes))
     if config.finetune is not None:
-        accumulation_steps(config.finetune.batch, config.resources.processes_per_run)
+        accumulation_steps(config.finetune.batch, config.finetune.parallel.data_parallel_size(processes))
+        check_supported(config.finetune, base.model, "finetune")
         if config.finetune.max_length > base.model.context_length:
             raise ConfigError(
                 f"finetune.max_length={config.finetune.max_length} exceeds base.model.context_length={base.model.context_length}"

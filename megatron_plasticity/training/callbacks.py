@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -11,7 +10,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_plasticity.capture.points import stage_of_point
 from megatron_plasticity.capture.recorder import Recorder
 from megatron_plasticity.capture.store import ActivationWriter
 from megatron_plasticity.config.analysis import CaptureConfig
@@ -19,6 +17,7 @@ from megatron_plasticity.config.training import adamw_timescale
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.models.sizes import HEAD, TOKEN_EMBEDDING, flops_per_token
 from megatron_plasticity.tracking.progress import Progress
+from megatron_plasticity.training.activations import record_activations
 from megatron_plasticity.training.engine import TrainingEngine
 from megatron_plasticity.training.loop import Callback, StepOutcome
 
@@ -173,31 +172,13 @@ class Capture(Callback):
             self._dump(outcome.step)
 
     def _dump(self, step: int) -> None:
-        # Every process runs the forward passes: ZeRO-3 gathers weights in them, and each stage and tensor-parallel rank has its
-        # part of the activations. The main process writes.
-        grid = self._engine.grid
-        if not grid.is_main:
+        if not self._engine.grid.is_main:
             for batch in self._batches():
-                self._record(batch)
+                record_activations(self._engine, self._recorder, batch)
             return
         with ActivationWriter(self._folder, self._identity) as writer, writer.dump(step):
             for batch in self._batches():
-                writer.add(self._record(batch))
-
-    def _record(self, batch: Tensor) -> dict[str, Tensor]:
-        """{point: activations} of a micro-batch on the main process, nothing on the others."""
-        micro = self._engine.recipe.batch.micro_batch_size
-        padded = torch.cat((batch, batch[:1].expand(micro - len(batch), -1)))  # stages agree on one shape
-        grid = self._engine.grid
-        with self._recorder if grid.data_rank == 0 else contextlib.nullcontext():
-            self._engine.evaluate([(padded, padded)])
-        captured = {}
-        for point in self._recorder.points:
-            stage = stage_of_point(point, self._engine.model.config, grid.parallel)
-            whole = grid.to_main(self._recorder.captured.get(point), stage)
-            if whole is not None:
-                captured[point] = whole[: len(batch)].cpu()
-        return captured
+                writer.add(record_activations(self._engine, self._recorder, batch))
 
     def _batches(self) -> list[Tensor]:
         return list(self._inputs.split(self._engine.recipe.batch.micro_batch_size))
