@@ -48,6 +48,9 @@ def deepspeed_json(
     if engine.precision == "bf16":
         ours["bf16"] = {"enabled": True}
         ours["data_types"] = {"grad_accum_dtype": "fp32"}
+        # Left out, DeepSpeed rounds even gradients that it accumulates in fp32 to bf16 before it averages them over ranks, so the
+        # number of ranks would enter the result.
+        ours["communication_data_type"] = "fp32"
     if parallel.pipeline > 1:
         # What one stage sends another is already split (sequence parallelism) or needed whole on each tensor rank.
         ours["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}

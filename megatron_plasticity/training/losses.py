@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from megatron_plasticity.data.blocks import BlockReader
 from megatron_plasticity.models.loss import IGNORE
 from megatron_plasticity.training.engine import TrainingEngine
+
+# Micro-batches read at once: enough to fill a pipeline, few enough for the memory.
+_AT_ONCE = 64
 
 
 def mean_cross_entropy(engine: TrainingEngine, reader: BlockReader, blocks: np.ndarray) -> float:
@@ -17,18 +21,20 @@ def mean_cross_entropy(engine: TrainingEngine, reader: BlockReader, blocks: np.n
     shape (pipeline stages agree on it), so the last ones may repeat a block without counting it.
     """
     grid, micro = engine.grid, engine.recipe.batch.micro_batch_size
-    micro_batches = []
-    targets_seen = 0
-    for start in range(grid.data_rank * micro, _padded(len(blocks), micro * grid.data_size), micro * grid.data_size):
-        mine = blocks[start : start + micro]
-        inputs, targets = reader.batch(np.concatenate([mine, np.repeat(blocks[:1], micro - len(mine))]))
-        targets[len(mine) :] = IGNORE
-        targets_seen += int((targets != IGNORE).sum())
-        micro_batches.append((inputs, targets))
-    losses = engine.evaluate(micro_batches)
-    total = grid.sum(torch.stack((losses, torch.full_like(losses, targets_seen if grid.reports_loss else 0))))
+    total = torch.zeros(2, dtype=torch.float64, device=grid.device)
+    stride = micro * grid.data_size
+    starts = range(grid.data_rank * micro, -(-len(blocks) // stride) * stride, stride)
+    for first in range(0, len(starts), _AT_ONCE):
+        micro_batches = [_micro_batch(reader, blocks, start, micro) for start in starts[first : first + _AT_ONCE]]
+        total[0] += engine.evaluate(micro_batches)
+        if grid.reports_loss:
+            total[1] += sum(int((targets != IGNORE).sum()) for _, targets in micro_batches)
+    total = grid.sum(total)
     return float(total[0] / total[1])
 
 
-def _padded(count: int, multiple: int) -> int:
-    return -(-count // multiple) * multiple
+def _micro_batch(reader: BlockReader, blocks: np.ndarray, start: int, size: int) -> tuple[Tensor, Tensor]:
+    mine = blocks[start : start + size]
+    inputs, targets = reader.batch(np.concatenate([mine, np.repeat(blocks[:1], size - len(mine))]))
+    targets[len(mine) :] = IGNORE
+    return inputs, targets

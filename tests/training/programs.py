@@ -58,6 +58,8 @@ class Trajectory:
     moments: dict[str, dict[str, Tensor]]
     first_gradients: dict[str, Tensor] = field(default_factory=dict)
     """Of the first step, after clipping."""
+    observed: list[Any] = field(default_factory=list)
+    """What `observe` returned, by step."""
 
 
 def recipe(
@@ -104,6 +106,14 @@ def global_batch(step: int, size: int) -> tuple[Tensor, Tensor]:
     return inputs, targets
 
 
+def examples_of_different_lengths(step: int, size: int) -> tuple[Tensor, Tensor]:
+    """As in fine-tuning: in each row a prompt without targets, a response, and padding. Some rows have no response at all."""
+    inputs, targets = global_batch(step, size)
+    ends = torch.randint(3, inputs.shape[1] + 1, (size,), generator=torch.Generator().manual_seed(1000 + step))
+    targets[torch.arange(inputs.shape[1]) >= ends[:, None]] = IGNORE
+    return inputs, targets
+
+
 def engine_run(
     settings: TrainingRecipe,
     steps: int,
@@ -111,10 +121,11 @@ def engine_run(
     model: ModelConfig = MODEL,
     interrupted_at: int | None = None,
     data: Callable[[int, int], tuple[Tensor, Tensor]] = global_batch,
+    observe: Callable[[TrainingEngine, int], Any] | None = None,
 ) -> Trajectory:
     """Train for `steps` steps under DeepSpeed in the layout of `settings`; with `interrupted_at`, save whole tensors there and go
-    on in a new engine. Whole tensors are on the main process only."""
-    losses, norms = [], []
+    on in a new engine. Whole tensors are on the main process only. `observe` looks at the engine after each step (0-based)."""
+    losses, norms, observed = [], [], []
     first_gradients: dict[str, Tensor] = {}
     with process_grid(torch.device("cpu"), settings.parallel) as grid:
         local = local_model(model, grid)
@@ -130,20 +141,27 @@ def engine_run(
             if step == 0:
                 moments = whole(engine.full_moments("exp_avg"))
                 first_gradients = {name: moment / (1 - settings.optimizer.betas[0]) for name, moment in moments.items()}
+            if observe is not None:
+                observed.append(observe(engine, step))
         weights = whole(engine.full_weights())
         moments = {m: whole(engine.full_moments(m)) for m in MOMENTS}
         engine.close()
-    return Trajectory(losses, norms, weights, moments, first_gradients)
+    return Trajectory(losses, norms, weights, moments, first_gradients, observed)
 
 
 def step_batch(
     settings: TrainingRecipe, grid: ProcessGrid, step: int, data: Callable[[int, int], tuple[Tensor, Tensor]] = global_batch
 ) -> StepBatch:
-    """This process's share of a global batch."""
+    """This process's share of a global batch, each micro-batch as long as its own rows need, as in fine-tuning."""
     size, micro = settings.batch.global_batch_size, settings.batch.micro_batch_size
     inputs, targets = data(step, size)
-    starts = range(grid.data_rank * micro, size, micro * grid.data_size)
-    micro_batches = [(inputs[start : start + micro], targets[start : start + micro]) for start in starts]
+    multiple = grid.tensor.size if grid.tensor.sequence else 1
+    micro_batches = []
+    for start in range(grid.data_rank * micro, size, micro * grid.data_size):
+        rows = slice(start, start + micro)
+        length = max([0, *(targets[rows] != IGNORE).any(dim=0).nonzero().flatten().tolist()]) + 1
+        columns = slice(-(-length // multiple) * multiple)
+        micro_batches.append((inputs[rows, columns].contiguous(), targets[rows, columns].contiguous()))
     return StepBatch(micro_batches, int((targets != IGNORE).sum()), inputs.numel())
 
 
