@@ -13,6 +13,7 @@ import pytest
 
 from megatron_plasticity.config.base import Section
 from megatron_plasticity.config.hashing import KINDS
+from megatron_plasticity.config.support import SUPPORT
 from tests.tools import load_tool
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -106,3 +107,9 @@ def test_schema_still_refuses_unknown_keys_and_a_missing_name(generator: ModuleT
 def test_default_by_family_is_not_shown_as_required(generator: ModuleType) -> None:
     assert "norm_eps" not in generator.editor_schema("model")["anyOf"][1]["required"]
     assert "layers" in generator.editor_schema("model")["anyOf"][1]["required"]
+
+
+def test_the_support_table_is_in_the_documents() -> None:
+    """Row by row as the code has it."""
+    rows = [f"| {row.combination} | {row.verdict} | {row.reason} |" for row in SUPPORT]
+    assert "\n".join(rows) in (ROOT / "docs/parallelism.md").read_text(encoding="utf-8")

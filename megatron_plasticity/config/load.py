@@ -127,7 +127,7 @@ def _describe(cls: type[BaseModel], error: ValidationError) -> Iterator[str]:
             yield f"{where}: this key is required"
         elif problem["type"] == "value_error" and "ctx" in problem:
             for line in str(problem["ctx"]["error"]).splitlines():  # a validator may find several things wrong
-                yield f"{where}: {line}"
+                yield f"{where}: {line}" if location else line
         else:
             message = problem["msg"][0].lower() + problem["msg"][1:]
             yield f"{where}: {message}, found {problem['input']!r}"

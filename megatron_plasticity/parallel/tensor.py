@@ -169,9 +169,9 @@ class _Combine(torch.autograd.Function):
         ctx.ranks = ranks
         if ranks.sequence:
             return _Scattering(partial, ranks).result()
-        summed = partial.clone()
-        ranks.all_reduce(summed)
-        return summed
+        ctx.mark_dirty(partial)  # in place: nobody else reads what a matrix has just computed
+        ranks.all_reduce(partial)
+        return partial
 
     @staticmethod
     @once_differentiable

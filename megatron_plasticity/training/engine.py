@@ -18,7 +18,7 @@ from megatron_plasticity.config.deepspeed import accumulation_steps, deepspeed_j
 from megatron_plasticity.config.training import TrainingRecipe
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.models.loss import TokenLoss, token_loss
-from megatron_plasticity.models.partition import stage_of
+from megatron_plasticity.models.partition import stage_layers, stage_of
 from megatron_plasticity.models.sizes import parameter_shapes
 from megatron_plasticity.models.transformer import Transformer
 from megatron_plasticity.optim.adamw import make_adamw
@@ -60,6 +60,19 @@ class TrainingEngine:
         self._pipeline = PipelineSchedule(self._engine) if is_pipeline else None
         self._cross_entropy = torch.zeros((), dtype=torch.float64, device=grid.device)
         self._loss_scale = 0.0
+
+    @property
+    def layout(self) -> str:
+        """One line for a person: how the processes share the work."""
+        parallel, micro = self.grid.parallel, self.recipe.batch.micro_batch_size
+        stages = [f"{layers.start}–{layers[-1]}" for layers in stage_layers(self.model.config, parallel)]
+        parts = [f"pipeline {parallel.pipeline} (layers {', '.join(stages)})" if parallel.pipeline > 1 else None]
+        parts.append(f"data {self.grid.data_size}")
+        parts.append(f"tensor {parallel.tensor}{' with sequence' if parallel.sequence else ''}" if parallel.tensor > 1 else None)
+        return (
+            f"layout {' × '.join(part for part in parts if part)}, ZeRO {self.zero_stage}, {self.recipe.engine.precision}, "
+            f"{self.accumulation} × {micro} sequences per data-parallel rank and step"
+        )
 
     def train_batch(self, batch: StepBatch) -> Tensor:
         """One optimizer step on a global batch; returns its summed cross-entropy over this data-parallel rank's targets.

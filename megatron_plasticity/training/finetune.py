@@ -61,6 +61,7 @@ def _finetune(config: FinetuneConfig, base: TrainedModel, folder: RunFolder, gri
     model.load_whole(base.checkpoint.tensors())
     with training_session(folder, "finetune", config, model, weight_decay, batches, data_identity, grid) as session:
         if grid.is_main:
+            print(session.engine.layout, flush=True)
             shutil.copyfile(base.tokenizer_path, folder.path / TOKENIZER_FILE)
         show = Both(progress, FolderProgress(folder)) if grid.is_main else NoProgress()
         session.run([], show, config.max_length)

@@ -85,6 +85,7 @@ def _pretrain(config: PretrainConfig, folder: RunFolder, grid: ProcessGrid, prog
                 Capture(session.engine, config.capture, probe_inputs, config.total_steps, folder.path / "activations", identity)
             )
         if grid.is_main:
+            print(session.engine.layout)
             print(session.engine.groups.table(parameter_shapes(config.model)), flush=True)
             shutil.copyfile(corpus / TOKENIZER_FILE, folder.path / TOKENIZER_FILE)
         show = Both(progress, FolderProgress(folder)) if grid.is_main else NoProgress()
