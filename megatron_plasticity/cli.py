@@ -25,7 +25,15 @@ class Verb:
     summary: str
     example: str
     takes: str = "config"
-    """`config`: a YAML file and overrides; `folder`: a run or study folder."""
+    """`config`: a YAML file and overrides; `source`: the same, or what to import instead; `folder`: a run or study folder."""
+    options: Callable[[argparse.ArgumentParser], None] | None = None
+    """Adds options of this command's own."""
+
+
+def _plan_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--gpus", type=int, nargs="+", default=[8], metavar="N", help="numbers of GPUs to plan for (default: 8)")
+    command.add_argument("--memory", type=float, default=80.0, metavar="GIB", help="memory of one GPU (default: 80)")
+    command.add_argument("--mfu", type=float, default=0.4, help="assumed share of the GPU's peak FLOP/s (default: 0.4)")
 
 
 VERBS = (
@@ -37,6 +45,13 @@ VERBS = (
     Verb(("study", "report"), verbs.study_report, "write the report of a study", "runs/quickstart", "folder"),
     Verb(
         ("data", "prepare"), verbs.data_prepare, "build a corpus: text, tokenizer, token files", "configs/corpora/quickstart.yaml"
+    ),
+    Verb(
+        ("plan",),
+        verbs.plan,
+        "what a pretraining run needs, and how to lay it out",
+        "configs/runs/llama2-4b-20x.yaml --gpus 8 32 128",
+        options=_plan_options,
     ),
     Verb(("pretrain",), verbs.pretrain, "pretrain one model", "configs/runs/llama2-debug.yaml optimizer.weight_decay=0.5"),
     Verb(
@@ -133,7 +148,14 @@ def _add(parent: argparse._SubParsersAction[argparse.ArgumentParser], verb: Verb
     command.set_defaults(run=verb.run)
     if verb.takes == "folder":
         command.add_argument("folder", type=Path, metavar="FOLDER", help="run folder or study folder")
+        if verb.options is not None:
+            verb.options(command)
         return
-    command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+    if verb.takes == "source":
+        command.add_argument("source", metavar="SOURCE", help="YAML file, Hugging Face folder, or name on its hub")
+    else:
+        command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
     command.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="settings that replace the file's")
+    if verb.options is not None:
+        verb.options(command)
     command.add_argument("--dry-run", action="store_true", help="check the config, print what would happen, and stop")

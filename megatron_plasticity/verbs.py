@@ -35,6 +35,17 @@ def data_prepare(arguments: Namespace) -> None:
     print(folder)
 
 
+def plan(arguments: Namespace) -> None:
+    """Print what a pretraining run needs on some numbers of GPUs, and how to lay it out. Nothing is started."""
+    from megatron_plasticity.config.load import load_config
+    from megatron_plasticity.config.training import PretrainConfig
+    from megatron_plasticity.launch.plan import Machine, plan_page
+
+    machine = Machine(arguments.memory, arguments.mfu)
+    config = load_config(PretrainConfig, arguments.config, arguments.overrides)
+    print(plan_page(config, arguments.gpus, machine), end="")
+
+
 def pretrain(arguments: Namespace) -> None:
     """Pretrain one model."""
     from megatron_plasticity.config.load import load_config

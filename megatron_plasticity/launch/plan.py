@@ -1,0 +1,421 @@
+"""Plans a pretraining run before any GPU is touched: which layouts fit, what each costs, and which one to take.
+
+Layouts are ranked by a simple order, not by a model of time (see `Layout.rank`). What is assumed about the machine is stated on
+the page.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import textwrap
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from megatron_plasticity.config.deepspeed import accumulation_steps, effective_zero_stage
+from megatron_plasticity.config.parallel import ParallelConfig
+from megatron_plasticity.config.support import SUPPORT, unsupported
+from megatron_plasticity.config.training import PretrainConfig
+from megatron_plasticity.errors import ConfigError, UserError
+from megatron_plasticity.launch.memory import StageMemory, largest_stage, memory, stage_parameter_count
+from megatron_plasticity.models.partition import stage_layers
+from megatron_plasticity.models.sizes import flops_per_token, parameter_count
+
+GIB = 2**30
+WIDTH = 110
+SHOWN = 5
+"""Layouts per number of GPUs."""
+
+_FIXED_RESERVE = 2  # GiB for the CUDA context, kernels' workspaces and NCCL: an assumption
+_FRAGMENTATION = 0.05  # share of the memory that the allocator cannot use: an assumption
+_NODE = 8  # tensor-parallel ranks talk in every layer: they stay on the fast links of one machine
+_BUBBLE_CLASS = 0.05  # pipelines whose idle shares fall into the same 5 % count as equal
+# NVIDIA H100 and H200 SXM data sheets, without sparsity: bf16 on tensor cores; fp32 outside of them.
+_PEAK_FLOPS = {"bf16": 989e12, "fp32": 67e12}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What is known or assumed about the GPUs."""
+
+    gibibytes: float = 80.0
+    """Memory of one GPU."""
+    mfu: float = 0.40
+    """Assumed model FLOPs utilisation (PaLM, 2204.02311) of a layout without bubble and without recomputation."""
+
+    def __post_init__(self) -> None:
+        if not (self.gibibytes > self.reserve and math.isfinite(self.gibibytes)):
+            raise UserError(
+                f"--memory {self.gibibytes:g}: one GPU's memory in GiB, more than the {_FIXED_RESERVE:g} that are kept free"
+            )
+        if not 0 < self.mfu <= 1:
+            raise UserError(f"--mfu {self.mfu:g}: a share of the GPU's peak, above 0 and up to 1, such as 0.4")
+
+    @property
+    def reserve(self) -> float:
+        """GiB that no plan uses."""
+        return _FIXED_RESERVE + _FRAGMENTATION * self.gibibytes
+
+    @property
+    def usable(self) -> float:
+        return self.gibibytes - self.reserve
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One way to run a config on a number of GPUs."""
+
+    config: PretrainConfig
+    gpus: int
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return self.config.parallel
+
+    @cached_property
+    def data(self) -> int:
+        """Data-parallel ranks."""
+        return self.parallel.data_parallel_size(self.gpus)
+
+    @cached_property
+    def accumulation(self) -> int:
+        """Micro-batches per data-parallel rank and step."""
+        return accumulation_steps(self.config.batch, self.data)
+
+    @property
+    def zero_stage(self) -> int:
+        return effective_zero_stage(self.config.engine, self.parallel)
+
+    @property
+    def bubble(self) -> float:
+        """Idle share of a pipeline under the 1F1B schedule, (p − 1)/(m + p − 1) of the step for p stages and m micro-batches
+        (Narayanan et al., 2104.04473, section 2.2)."""
+        return (self.parallel.pipeline - 1) / (self.accumulation + self.parallel.pipeline - 1)
+
+    @cached_property
+    def stages(self) -> list[StageMemory]:
+        return memory(self.config.model, self.config, self.data)
+
+    @cached_property
+    def gibibytes(self) -> float:
+        """The most that a GPU needs, of those of the largest stage."""
+        return largest_stage(self.stages).peak.total / GIB
+
+    @property
+    def work(self) -> float:
+        """GPU-time relative to a layout without bubble and recomputation: a forward pass is a third of forward and backward."""
+        return (4 / 3 if self.config.engine.activation_checkpointing else 1) / (1 - self.bubble)
+
+    @property
+    def rank(self) -> tuple[Any, ...]:
+        """Better layouts have a smaller one. In this order: nothing is computed twice; weights are not gathered in every pass, as
+        ZeRO 3 does (1.5 times the communication, 1910.02054, section 7); little bubble; little communication within layers;
+        gradients reduced once per step (ZeRO 1) rather than per micro-batch; few stages; a large micro-batch. (Sequence
+        parallelism goes with tensor parallelism wherever it can: it communicates as much, 2205.05198, section 4.2.2.)"""
+        return (
+            self.config.engine.activation_checkpointing,
+            self.zero_stage == 3,
+            int(self.bubble / _BUBBLE_CLASS),
+            self.parallel.tensor,
+            self.zero_stage,
+            self.parallel.pipeline,
+            -self.config.batch.micro_batch_size,
+        )
+
+    def overrides(self, base: PretrainConfig) -> str:
+        """What to add to a command with `base` to run like this."""
+        pairs = {
+            "parallel.pipeline": (base.parallel.pipeline, self.parallel.pipeline),
+            "parallel.tensor": (base.parallel.tensor, self.parallel.tensor),
+            "parallel.sequence": (base.parallel.sequence, self.parallel.sequence),
+            "parallel.layers_per_stage": (base.parallel.layers_per_stage, self.parallel.layers_per_stage),
+            # What the base would run as under this layout.
+            "engine.zero_stage": (effective_zero_stage(base.engine, self.parallel), self.zero_stage),
+            "engine.activation_checkpointing": (
+                base.engine.activation_checkpointing,
+                self.config.engine.activation_checkpointing,
+            ),
+            "batch.micro_batch_size": (base.batch.micro_batch_size, self.config.batch.micro_batch_size),
+        }
+        return " ".join(f"{key}={_yaml(new)}" for key, (old, new) in pairs.items() if old != new)
+
+    def variant(self, **changes: Any) -> Layout | None:
+        """This layout with other values of pipeline, tensor, sequence, zero_stage, activation_checkpointing or micro_batch_size;
+        None if it does not go together or does not divide the batch."""
+        old = self.config
+        values = self.settings | changes
+        sequence = values["sequence"] and values["tensor"] > 1
+        parallel = ParallelConfig(pipeline=values["pipeline"], tensor=values["tensor"], sequence=sequence)
+        engine = old.engine.model_copy(
+            update={"zero_stage": values["zero_stage"], "activation_checkpointing": values["activation_checkpointing"]}
+        )
+        batch = old.batch.model_copy(update={"micro_batch_size": values["micro_batch_size"]})
+        layout = Layout(old.model_copy(update={"parallel": parallel, "engine": engine, "batch": batch}), self.gpus)
+        try:
+            layout.accumulation  # noqa: B018  raises if GPUs or sequences cannot be divided
+        except ConfigError:
+            return None
+        return None if any(unsupported(layout.config, layout.config.model)) else layout
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `variant` can change."""
+        return {
+            "pipeline": self.parallel.pipeline,
+            "tensor": self.parallel.tensor,
+            "sequence": self.parallel.sequence,
+            "zero_stage": self.zero_stage,
+            "activation_checkpointing": self.config.engine.activation_checkpointing,
+            "micro_batch_size": self.config.batch.micro_batch_size,
+        }
+
+
+def layouts(config: PretrainConfig, gpus: int) -> Iterator[Layout]:
+    """Every layout that is supported and divides the batch, whether it fits or not; micro-batches are powers of two."""
+    origin = Layout(config, gpus)
+    tensors, pipelines = _divisors(gpus, _NODE), _divisors(gpus, config.model.layers)
+    for tensor, pipeline in itertools.product(tensors, pipelines):
+        if gpus % (tensor * pipeline):
+            continue
+        share = config.batch.global_batch_size * tensor * pipeline // gpus
+        for zero_stage, checkpointing, power in itertools.product((1, 2, 3), (False, True), range(share.bit_length())):
+            layout = origin.variant(
+                pipeline=pipeline,
+                tensor=tensor,
+                sequence=tensor > 1 and config.model.context_length % tensor == 0,
+                zero_stage=zero_stage,
+                activation_checkpointing=checkpointing,
+                micro_batch_size=2**power,
+            )
+            if layout is not None:
+                yield layout
+
+
+def _divisors(number: int, largest: int) -> list[int]:
+    return [divisor for divisor in range(1, min(number, largest) + 1) if number % divisor == 0]
+
+
+def best_layouts(config: PretrainConfig, gpus: int, machine: Machine, count: int = SHOWN) -> list[Layout]:
+    """The best `count` layouts that fit, best first; of those that differ in the micro-batch alone, the best."""
+    best: dict[tuple[Any, ...], Layout] = {}
+    for layout in sorted(layouts(config, gpus), key=lambda layout: layout.rank):
+        kind = (layout.parallel, layout.zero_stage, layout.config.engine.activation_checkpointing)
+        if kind not in best and layout.gibibytes <= machine.usable:
+            best[kind] = layout
+            if len(best) == count:
+                break
+    return list(best.values())
+
+
+def reasons(layout: Layout, machine: Machine) -> Iterator[str]:
+    """Why this layout, a line for each of its settings."""
+
+    def otherwise(setting: str, **changes: Any) -> str:
+        other = layout.variant(**changes)
+        if other is None:
+            return f"{setting} does not divide the batch or the model"
+        if other.gibibytes <= machine.usable:
+            return f"with {setting} something else would cost more"
+        return f"with {setting} a GPU would need {other.gibibytes:.1f} GiB"
+
+    parallel, engine, micro = layout.parallel, layout.config.engine, layout.config.batch.micro_batch_size
+    if engine.activation_checkpointing:
+        without = otherwise("no recomputation", activation_checkpointing=False)
+        yield f"activation checkpointing, a third more to compute: {without}"
+    else:
+        yield "no activation checkpointing: nothing is computed twice"
+    if parallel.tensor > 1:
+        fewer = _next_smaller(layout, "tensor")
+        least = otherwise(f"tensor {fewer} and micro-batch 1", tensor=fewer, micro_batch_size=1)
+        yield f"tensor {parallel.tensor}, which communicates in every layer: {least}"
+    else:
+        yield "tensor 1: no communication within layers"
+    if parallel.sequence:
+        yield "sequence parallelism: less memory for norms and residuals, and no more communication"
+    if parallel.pipeline > 1:
+        fewer = _next_smaller(layout, "pipeline")
+        least = otherwise(f"pipeline {fewer}", pipeline=fewer)
+        yield f"pipeline {parallel.pipeline}, {layout.bubble:.1%} of the time idle: {least}"
+    else:
+        yield "pipeline 1: no bubble"
+    if layout.zero_stage > 1:
+        fewer = layout.zero_stage - 1
+        what = "gradients are reduced in every micro-batch" if layout.zero_stage == 2 else "weights are gathered in every pass"
+        yield f"ZeRO {layout.zero_stage}, {what}: {otherwise(f'ZeRO {fewer}', zero_stage=fewer)}"
+    else:
+        yield "ZeRO 1: optimizer states are shared out, and gradients reduced once per step"
+    larger = layout.variant(micro_batch_size=2 * micro)
+    if larger is None:
+        yield f"micro-batch {micro}: the largest that divides the batch"
+    elif larger.gibibytes > machine.usable:
+        yield f"micro-batch {micro}: twice as many sequences would need {larger.gibibytes:.1f} GiB"
+    else:
+        yield f"micro-batch {micro}: twice as many sequences would mean {larger.bubble:.1%} of bubble"
+
+
+def _next_smaller(layout: Layout, setting: str) -> int:
+    """The largest smaller value of a setting with which the layout goes together, or 1."""
+    values = range(layout.settings[setting] - 1, 0, -1)
+    return next((value for value in values if layout.variant(**{setting: value})), 1)
+
+
+# --- The page.
+
+
+def plan_page(config: PretrainConfig, gpus: Sequence[int], machine: Machine) -> str:
+    """The whole plan as text, at most 110 columns wide. Raises UserError for a number of GPUs that is none."""
+    for count in gpus:
+        if count < 1:
+            raise UserError(f"--gpus {count}: a number of GPUs is at least 1")
+    lines = [*_run(config, machine)]
+    for count in gpus:
+        lines += ["", *_for_gpus(config, count, machine)]
+    lines += ["", *_support()]
+    return "\n".join(lines) + "\n"
+
+
+def _run(config: PretrainConfig, machine: Machine) -> Iterator[str]:
+    model, count = config.model, parameter_count(config.model)
+    tokens = config.total_steps * config.tokens_per_step
+    yield (
+        f"{config.name}: {count.total:,} parameters, {count.non_embedding:,} without embeddings; "
+        f"{model.layers} layers, {config.engine.precision}"
+    )
+    yield (
+        f"  {config.total_steps:,} steps of {config.batch.global_batch_size:,} × {model.context_length:,} = "
+        f"{config.tokens_per_step:,} tokens, {tokens:,} in all"
+    )
+    hours, peak = _hours(_base_hours(config, machine)), _PEAK_FLOPS[config.engine.precision] / 1e12
+    yield f"  {_flops(config):.3g} FLOPs; {hours} GPU-hours, without bubble and recomputation, ASSUMING"
+    yield (
+        f"    an MFU of {machine.mfu:.0%} of {peak:g} TFLOP/s, the peak of an H100 or H200 in {config.engine.precision} "
+        "(--mfu changes it; not measured)"
+    )
+    checkpoint = 12 * count.total
+    saved = 1 if config.checkpoint.every_steps is None else -(-config.total_steps // config.checkpoint.every_steps)
+    times = f", {saved:,} of them {_decimal(saved * checkpoint)}" if saved > 1 else ""
+    yield f"  {_decimal(checkpoint)} on disk per checkpoint (fp32 weights and two moments){times}"
+    yield (
+        f"  {machine.gibibytes:g} GiB per GPU, of which plans use {machine.usable:.1f}; "
+        "the rest is for the CUDA context, workspaces, NCCL, fragmentation"
+    )
+    yield "  Columns: wall-clock hours under that MFU; GiB on a GPU of the stage that needs most, at the moment of a step"
+    yield "    when it needs most, computed and not measured on a GPU (docs/memory.md)"
+
+
+def _for_gpus(config: PretrainConfig, gpus: int, machine: Machine) -> Iterator[str]:
+    yield f"{gpus} GPU{'s' if gpus > 1 else ''}"
+    configured = Layout(config, gpus)
+    try:
+        verdict = "fits" if configured.gibibytes <= machine.usable else "DOES NOT FIT"
+    except ConfigError as error:
+        yield from _wrapped(f"as configured: impossible: {error}", "  ")
+        configured = None
+    else:
+        yield f"  as configured: {verdict}, {configured.gibibytes:.1f} of {machine.usable:.1f} GiB"
+    found = best_layouts(config, gpus, machine)
+    if not found:
+        yield from _wrapped(_why_none(config, gpus, machine), "  ")
+    if configured is not None or found:
+        yield _HEADER
+    if configured is not None:
+        yield _row("config", configured, config, machine)
+    for number, layout in enumerate(found, start=1):
+        yield _row(f"{number}", layout, config, machine)
+    if found:
+        best = found[0]
+        yield "  Take 1:"
+        for reason in reasons(best, machine):
+            yield from _wrapped(f"- {reason}", "    ")
+        yield f"    {best.overrides(config) or '(the config as it is)'}"
+    shown = found[0] if found else configured
+    if shown is not None and shown.parallel.pipeline > 1:
+        yield from _stages(shown)
+
+
+_HEADER = "  pipe×data×tensor  seq ZeRO micro ckpt accum bubble  hours | weights grads optim buffers activ. logits    GiB"
+
+
+def _row(label: str, layout: Layout, config: PretrainConfig, machine: Machine) -> str:
+    parallel, peak = layout.parallel, largest_stage(layout.stages).peak
+    size = f"{parallel.pipeline}×{layout.data}×{parallel.tensor}"
+    hours = _base_hours(config, machine) * layout.work / layout.gpus
+    parts = [part / GIB for part in (peak.weights, peak.gradients, peak.optimizer, peak.buffers, peak.activations, peak.loss)]
+    return (
+        f"{label:>6} {size:>11} {_yes(parallel.sequence):>4} {layout.zero_stage:>4} "
+        f"{layout.config.batch.micro_batch_size:>5} {_yes(layout.config.engine.activation_checkpointing):>4} "
+        f"{layout.accumulation:>5} {layout.bubble:>6.1%} {_hours(hours):>6} | {parts[0]:>7.1f} {parts[1]:>5.1f} {parts[2]:>5.1f} "
+        f"{parts[3]:>7.1f} {parts[4]:>6.1f} {parts[5]:>6.1f} {peak.total / GIB:>6.1f}"
+    )
+
+
+def _why_none(config: PretrainConfig, gpus: int, machine: Machine) -> str:
+    possible = list(layouts(config, gpus))
+    if possible:
+        least = min(possible, key=lambda layout: layout.gibibytes)
+        return (
+            f"no layout fits: the one that needs least, {least.overrides(config) or 'the config as it is'}, needs "
+            f"{least.gibibytes:.1f} GiB of {machine.usable:.1f}; use more GPUs, or GPUs with more memory"
+        )
+    counts = (count for distance in range(1, gpus + 1) for count in (gpus - distance, gpus + distance))
+    near = next((count for count in counts if count > 0 and any(layouts(config, count))), None)
+    return (
+        f"no layout: batch.global_batch_size={config.batch.global_batch_size} and the model's {config.model.layers} layers "
+        f"cannot be split evenly over {gpus} GPUs" + (f"; {near} would do" if near else "")
+    )
+
+
+def _stages(layout: Layout) -> Iterator[str]:
+    model, parallel = layout.config.model, layout.parallel
+    yield f"  layers of the {parallel.pipeline} stages, parameters and GiB per GPU:"
+    for stage, layers in enumerate(stage_layers(model, parallel)):
+        ends = " + embedding" if stage == 0 else " + head" if stage == parallel.pipeline - 1 else ""
+        held = f"{layers.start}" if len(layers) == 1 else f"{layers.start}–{layers.stop - 1}"
+        peak = layout.stages[stage].peak.total / GIB
+        yield f"    stage {stage}: {held + ends:20} {stage_parameter_count(model, parallel, stage):>14,} {peak:>7.1f}"
+
+
+def _support() -> Iterator[str]:
+    yield "What goes together"
+    for row in SUPPORT:
+        yield from _wrapped(f"{row.verdict:8} {row.combination}: {row.reason}", "  ", indent=9)
+
+
+def _flops(config: PretrainConfig) -> float:
+    return flops_per_token(config.model, config.model.context_length) * config.total_steps * config.tokens_per_step
+
+
+def _base_hours(config: PretrainConfig, machine: Machine) -> float:
+    return _flops(config) / (_PEAK_FLOPS[config.engine.precision] * machine.mfu) / 3600
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}" if hours >= 0.1 else "< 0.1"
+
+
+def _wrapped(text: str, prefix: str, indent: int = 2) -> list[str]:
+    return textwrap.wrap(
+        text,
+        WIDTH,
+        initial_indent=prefix,
+        subsequent_indent=prefix + " " * indent,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
+
+
+def _yaml(value: Any) -> str:
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(list(value)) if isinstance(value, tuple) else str(value)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _decimal(size: float) -> str:
+    """Bytes in decimal units, as disks are sold."""
+    return f"{size / 1e12:.1f} TB" if size >= 1e12 else f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
