@@ -20,6 +20,7 @@ INSTALLED := $(VENV)/.installed
 # No network; hexadecimal strings of high entropy are hashes here. A false alarm is silenced by "pragma: allowlist secret".
 SECRET_SCAN := --no-verify --disable-plugin HexHighEntropyString
 STUDY := configs/studies/quickstart.yaml
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile
 
 .PHONY: help
 help:  ## Show this text
@@ -41,8 +42,12 @@ quickstart: environment  ## Run the small weight-decay study on this machine and
 	$(BIN)/megatron-plasticity study report runs/quickstart
 
 .PHONY: test
-test: environment  ## Run every test with branch coverage
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_PROCESSES) --dist loadfile --cov --cov-report=term $(PYTEST_ARGS)
+test: environment  ## Run the tests with branch coverage
+	$(PYTEST) --cov --cov-report=term $(PYTEST_ARGS)
+
+.PHONY: test-full
+test-full: environment  ## Run the tests and the whole matrix of parallel layouts, without coverage
+	$(PYTEST) -m "full or not full" $(PYTEST_ARGS)
 
 .PHONY: lint
 lint: environment  ## Check style, types, secrets and generated documents; changes nothing, needs no network
