@@ -17,21 +17,13 @@ from typing import Any
 
 from megatron_plasticity.launch.workers import start_worker, worker_context
 
-PRELOAD = [
-    "megatron_plasticity.training.pretrain",
-    "megatron_plasticity.training.finetune",
-    # Making an optimizer and an engine imports these, which takes each rank longer than all that a small test does.
-    "torch._dynamo",
-    "deepspeed.runtime.zero.muon.original_muon",
-]
-
 
 def run_on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, log: Path, seconds: float = 120.0) -> list[Any]:
     """`function(*arguments)` on every rank, in processes that see the launcher's variables; the return values in order of rank.
 
     `function` must be importable (at module level); its arguments and results travel between processes.
     """
-    context = worker_context(PRELOAD, cuda=False)
+    context = worker_context(["megatron_plasticity.training.pretrain", "megatron_plasticity.training.finetune"], cuda=False)
     port = _free_port()
     processes, readers = [], []
     for rank in range(ranks):

@@ -12,9 +12,9 @@ from megatron_plasticity.errors import ConfigError
 def effective_zero_stage(engine: EngineConfig, parallel: ParallelConfig) -> int:
     """The ZeRO stage that really runs.
 
-    bf16 at stage 0 would get DeepSpeed's FP16_UnfusedOptimizer, which takes one optimizer step with zero gradients while it
-    initialises its state: one decay too many and Adam's step off by one. fp32 at stage 0 with a pipeline would clip by the norm
-    of a part of the model. Stage 1 computes both correctly.
+    bf16 at stage 0: DeepSpeed refuses to accumulate gradients in fp32 there, and without that it takes one optimizer step with
+    zero gradients while it initialises its state, one decay too many. fp32 at stage 0 with a pipeline: it clips by the norm of a
+    part of the model. Stage 1 computes both correctly.
     """
     return 1 if engine.zero_stage == 0 and (engine.precision == "bf16" or parallel.pipeline > 1) else engine.zero_stage
 
