@@ -36,6 +36,18 @@ def _plan_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--mfu", type=float, default=0.4, help="assumed share of the GPU's peak FLOP/s (default: 0.4)")
 
 
+def _show_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--step", type=int, required=True, metavar="N", help="step, 1 for the first, as in metrics.jsonl")
+    command.add_argument("--sequences", type=int, metavar="K", help="only the first K sequences of the step")
+    command.add_argument("--ids", action="store_true", help="print token ids beside the text")
+
+
+def _export_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: RUN/huggingface/step-N)")
+    command.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="number format (default: float32)")
+    command.add_argument("--no-parity", dest="parity", action="store_false", help="do not compare with transformers' model")
+
+
 VERBS = (
     Verb(("study", "run"), verbs.study_run, "run everything of a study that is not done yet", "configs/studies/quickstart.yaml"),
     Verb(
@@ -47,6 +59,14 @@ VERBS = (
         ("data", "prepare"), verbs.data_prepare, "build a corpus: text, tokenizer, token files", "configs/corpora/quickstart.yaml"
     ),
     Verb(
+        ("data", "show"),
+        verbs.data_show,
+        "print what a pretraining run saw at a step",
+        "runs/pretrain-NAME-HASH --step 100 --sequences 2",
+        "folder",
+        _show_options,
+    ),
+    Verb(
         ("plan",),
         verbs.plan,
         "what a pretraining run needs, and how to lay it out",
@@ -54,6 +74,21 @@ VERBS = (
         options=_plan_options,
     ),
     Verb(("pretrain",), verbs.pretrain, "pretrain one model", "configs/runs/llama2-debug.yaml optimizer.weight_decay=0.5"),
+    Verb(
+        ("import-hf",),
+        verbs.import_hf,
+        "a run folder from a Hugging Face model",
+        "allenai/OLMo-2-0425-1B name=olmo2-1b",
+        "source",
+    ),
+    Verb(
+        ("export-hf",),
+        verbs.export_hf,
+        "a Hugging Face folder from a run",
+        "runs/FOLDER --dtype bfloat16",
+        "folder",
+        _export_options,
+    ),
     Verb(
         ("finetune",),
         verbs.finetune,
@@ -66,6 +101,7 @@ VERBS = (
         "ask a model the test questions of some tasks",
         "configs/evaluate/debug.yaml run=runs/FOLDER",
     ),
+    Verb(("lm-eval",), verbs.lm_eval, "tasks of lm-evaluation-harness", "configs/evaluate/cloze.yaml run=runs/FOLDER"),
     Verb(
         ("analyze", "probes"), verbs.analyze_probes, "linear probes of every layer", "configs/analyze/probes.yaml run=runs/FOLDER"
     ),

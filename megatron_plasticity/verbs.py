@@ -35,6 +35,31 @@ def data_prepare(arguments: Namespace) -> None:
     print(folder)
 
 
+def data_show(arguments: Namespace) -> None:
+    """Print the sequences that a pretraining run saw at a step, document by document."""
+    from megatron_plasticity.config.training import PretrainConfig
+    from megatron_plasticity.data.prepare import TOKENIZER_FILE
+    from megatron_plasticity.data.tokenizer import Tokenizer
+    from megatron_plasticity.data.viewer import page, samples_of_step
+    from megatron_plasticity.errors import UserError
+    from megatron_plasticity.tracking.run_folder import RunFolder
+
+    config = RunFolder.containing(arguments.folder).config
+    if not isinstance(config, PretrainConfig):
+        raise UserError(f"{arguments.folder}: not a pretraining run; only those read a corpus step by step")
+    if not 1 <= arguments.step <= config.total_steps:
+        raise UserError(f"--step {arguments.step}: this run has steps 1 to {config.total_steps}")
+    if arguments.sequences is not None and arguments.sequences < 1:
+        raise UserError(f"--sequences {arguments.sequences}: expected at least 1")
+    batch_size = config.batch.global_batch_size
+    length = config.model.context_length
+    samples = samples_of_step(config.data, length, batch_size, arguments.step, arguments.sequences)
+    tokenizer = Tokenizer.load(config.data.folder / TOKENIZER_FILE)
+    print(f"step {arguments.step:,} of {config.total_steps:,}: {batch_size} sequences of {length} + 1 tokens")
+    for line in page(samples, tokenizer, arguments.ids):
+        print(line)
+
+
 def plan(arguments: Namespace) -> None:
     """Print what a pretraining run needs on some numbers of GPUs, and how to lay it out. Nothing is started."""
     from megatron_plasticity.config.load import load_config
@@ -74,6 +99,46 @@ def pretrain(arguments: Namespace) -> None:
     _finish(folder, ("held_out_loss", "seen_loss", "train_loss"))
 
 
+def import_hf(arguments: Namespace) -> None:
+    """Import a model from a Hugging Face folder, or from the hub, into a run folder."""
+    from megatron_plasticity.config.interchange import import_config
+    from megatron_plasticity.interchange.sources import find_source
+    from megatron_plasticity.models.sizes import parameter_count
+
+    config = import_config(arguments.source, arguments.overrides)
+    if arguments.dry_run:
+        source = find_source(config)
+        _print_config(config)
+        print(f"parameters: {parameter_count(source.model).total:,}")
+        return
+    from megatron_plasticity.interchange.importing import import_model
+
+    with _console(f"import {config.name}") as progress:
+        folder = import_model(config, progress)
+    _print_parity(folder.results["parity"])
+    print(folder.path)
+
+
+def export_hf(arguments: Namespace) -> None:
+    """Write the model of a run or checkpoint folder as a Hugging Face folder."""
+    import json
+
+    from megatron_plasticity.interchange.exporting import export_model
+    from megatron_plasticity.interchange.parity import PARITY_FILE
+
+    with _console(f"export {arguments.folder.name}") as progress:
+        output = export_model(arguments.folder, arguments.output, progress, arguments.dtype, arguments.parity)
+    _print_parity(json.loads((output / PARITY_FILE).read_text(encoding="utf-8")) if arguments.parity else None)
+    print(output)
+
+
+def _print_parity(receipt: dict[str, Any] | None) -> None:
+    if receipt is None:
+        print("not compared with transformers' model")
+        return
+    print(f"logits as transformers' to {receipt['max_difference']:.2g}, mean KL {receipt['mean_kl']:.2g} nats")
+
+
 def finetune(arguments: Namespace) -> None:
     """Fine-tune a model on one task."""
     from megatron_plasticity.config.load import load_config
@@ -106,6 +171,19 @@ def evaluate(arguments: Namespace) -> None:
         for name, metric in scores["metrics"].items():
             interval = f"  [{metric['low']:.3f}, {metric['high']:.3f}]" if metric.get("low") is not None else ""
             print(f"  {name:14} {metric['value']:.3f}{interval}")
+    print(folder.path)
+
+
+def lm_eval(arguments: Namespace) -> None:
+    """Ask a model tasks of lm-evaluation-harness and print its scores."""
+    from megatron_plasticity.config.evaluation import HarnessConfig
+
+    folder = _run_job("harness", HarnessConfig, arguments)
+    if folder is None:
+        return
+    for task, scores in folder.results["tasks"].items():
+        for name, score in scores.items():
+            print(f"{task:24} {name:14} {score['value']:.4f}" + (f" ± {score['stderr']:.4f}" if "stderr" in score else ""))
     print(folder.path)
 
 
@@ -160,7 +238,14 @@ def study_plan(arguments: Namespace) -> None:
     config = _study_config(arguments, StudyConfig)
     bases = check_study(config)
     print(f"study {config.name} → {study_folder(config)}")
-    print(f"{'base model':24} {'parameters':>14} {'tokens':>16} {'λ':>10} {'timescale':>10}")
+    if config.bases:
+        width = max(len(base.name) for base in config.bases)
+        print(f"{'base model':{width}} {'λ':>6} {'tokens':>16}  imported from")
+        for base in config.bases:
+            tokens = "?" if base.tokens is None else f"{base.tokens:,}"
+            print(f"{base.name:{width}} {base.weight_decay:>6.4g} {tokens:>16}  {base.source}")
+    else:
+        print(f"{'base model':24} {'parameters':>14} {'tokens':>16} {'λ':>10} {'timescale':>10}")
     for base in bases:
         timescale = base.adamw_timescale
         shown = "∞" if timescale is None else f"{timescale:.3g}"
@@ -171,7 +256,8 @@ def study_plan(arguments: Namespace) -> None:
     print(f"each fine-tuned and evaluated on {len(tasks)} tasks: {', '.join(tasks) or 'none'}")
     print(f"each analysed for: {', '.join(analyses) or 'nothing'}")
     per_base = 1 + len(analyses) + (1 + 2 * len(tasks) if tasks else 0)
-    print(f"{len(bases)} base models, {per_base * len(bases)} runs in all")
+    count = len(config.bases) or len(bases)
+    print(f"{count} base models, {per_base * count} runs in all")
 
 
 def study_run(arguments: Namespace) -> int:

@@ -26,6 +26,7 @@ ROOMS = (
     "evaluation",
     "analysis",
     "capture",
+    "interchange",
     "tracking",
     "optim",
     "data",

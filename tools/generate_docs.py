@@ -37,9 +37,11 @@ FILE_KINDS: dict[str, Kind] = {
     "corpus": Kind(KINDS["corpus"], "Corpus", "`megatron-plasticity data prepare FILE`"),
     "model": Kind(ModelConfig, "Model", "other files, by `model: {extends: FILE}`"),
     "pretrain": Kind(KINDS["pretrain"], "Pretraining run", "`megatron-plasticity pretrain FILE`"),
+    "import": Kind(KINDS["import"], "Import", "`megatron-plasticity import-hf FILE`"),
     "finetune-recipe": Kind(FinetuneRecipe, "Fine-tuning recipe", "other files, by `extends: FILE`"),
     "finetune": Kind(KINDS["finetune"], "Fine-tuning run", "`megatron-plasticity finetune FILE`"),
     "evaluate": Kind(KINDS["evaluate"], "Evaluation", "`megatron-plasticity evaluate FILE`"),
+    "harness": Kind(KINDS["harness"], "lm-evaluation-harness", "`megatron-plasticity lm-eval FILE`"),
     "probes": Kind(KINDS["probes"], "Linear probes", "`megatron-plasticity analyze probes FILE`"),
     "attention": Kind(KINDS["attention"], "Attention matrices", "`megatron-plasticity analyze attention FILE`"),
     "overfitting": Kind(KINDS["overfitting"], "Train–validation gap", "`megatron-plasticity analyze overfitting FILE`"),
@@ -148,6 +150,7 @@ def _accept_extends(node: Any) -> None:
         node.pop("required", None)
         node.pop("minProperties", None)
     node.pop("affects_results", None)
+    node.pop("added_later", None)
     node.pop("title", None)
     if isinstance(node.get("description"), str):
         node["description"] = _one_line(node["description"])

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 from megatron_plasticity.analysis.attention import run_attention
 from megatron_plasticity.analysis.overfitting import run_overfitting
@@ -14,7 +15,8 @@ from megatron_plasticity.config.analysis import AttentionConfig, OverfittingConf
 from megatron_plasticity.config.training import PretrainConfig
 from megatron_plasticity.data.blocks import BlockReader
 from megatron_plasticity.data.ledger import read_ledger
-from megatron_plasticity.data.prepare import HELD_OUT, TRAIN, read_manifest
+from megatron_plasticity.data.prepare import HELD_OUT
+from megatron_plasticity.data.stream import corpus_hash, training_blocks
 from megatron_plasticity.data.token_store import TokenStore
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.parallel.grid import resolve_device
@@ -38,8 +40,10 @@ def attention(config: AttentionConfig, progress: Progress) -> RunFolder:
 
     def work(trained: TrainedModel, folder: RunFolder, show: Progress) -> Mapping[str, Any]:
         device = resolve_device("auto")
-        reader = _reader(_pretraining(trained), HELD_OUT)
-        tokens, _ = reader.batch(np.arange(min(config.map_sequences, len(reader))) if config.map_sequences else np.arange(1))
+        tokens = torch.empty(0, 0, dtype=torch.int64)
+        if config.map_sequences:
+            reader = _reader(_pretraining(trained), HELD_OUT)
+            tokens, _ = reader.batch(np.arange(min(config.map_sequences, len(reader))))
         return run_attention(trained.checkpoint.build_model(device), config, tokens.to(device), trained.tokenizer(), show)
 
     return run_on_model("attention", config, work, progress)
@@ -54,10 +58,10 @@ def overfitting(config: OverfittingConfig, progress: Progress) -> RunFolder:
         pretraining = _pretraining(trained)
         return run_overfitting(
             trained.checkpoint.build_model(device := resolve_device("auto")),
-            seen=_reader(pretraining, TRAIN),
+            seen=training_blocks(pretraining.data, pretraining.model.context_length),
             held_out=_reader(pretraining, HELD_OUT),
             ledger=read_ledger(trained.run.path),
-            store_sha256=read_manifest(pretraining.data.folder)["sha256"],
+            store_sha256=corpus_hash(pretraining.data),
             recipe=config,
             device=device,
             progress=show,

@@ -7,6 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field
 
 AFFECTS_RESULTS = "affects_results"
+ADDED_LATER = "added_later"
 
 
 class Section(BaseModel):
@@ -20,3 +21,8 @@ class Section(BaseModel):
 def neutral(default: Any = ..., **constraints: Any) -> Any:
     """A field that cannot change a run's results (a place, a label, a progress setting), so that it stays out of the hash."""
     return Field(default, json_schema_extra={AFFECTS_RESULTS: False}, **constraints)
+
+
+def added_later(default: Any, **constraints: Any) -> Any:
+    """A field that came after runs had been made: at its default it stays out of the hash, so that they keep their names."""
+    return Field(default, json_schema_extra={ADDED_LATER: True}, **constraints)

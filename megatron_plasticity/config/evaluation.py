@@ -55,3 +55,26 @@ class EvaluateConfig(EvaluateRecipe):
     """Run folder of the model (pretraining or fine-tuning), or one of its checkpoint folders."""
     tasks: tuple[TaskConfig, ...] = Field(min_length=1)
     """Tasks whose test sets are asked."""
+
+
+class HarnessConfig(Section):
+    """Tasks of EleutherAI's lm-evaluation-harness (`megatron-plasticity lm-eval`)."""
+
+    name: str = neutral(pattern=r"^[A-Za-z0-9._-]+$")
+    """Readable name; part of the run folder's name."""
+    output: Path = neutral(Path("runs"))
+    """Folder under which the run folder is made."""
+    run: Path = neutral()
+    """Run folder of the model (pretraining, import or fine-tuning), or one of its checkpoint folders."""
+    tasks: tuple[str, ...] = Field(min_length=1)
+    """Names of tasks or groups of the harness, such as `hellaswag`. It fetches their data from the Hugging Face hub."""
+    task_folder: Path | None = None
+    """Folder with tasks of your own, as YAML files of the harness."""
+    shots: NonNegativeInt | None = 0
+    """Examples before each question; null takes each task's own number."""
+    limit: PositiveInt | None = None
+    """Ask the first questions of each task only."""
+    batch_size: PositiveInt = 32
+    """Sequences per forward pass."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to run."""

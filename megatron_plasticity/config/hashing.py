@@ -2,7 +2,8 @@
 
 It covers everything that decides the results and nothing else: the fields of the config that are not marked `neutral`
 (see `config/base.py`), the hashes of the inputs (corpus, base model …), and the version of our own code that matters.
-A field that a later release adds changes the hash of every config that has it, even at its default.
+A field that a later release adds changes the hash of every config that has it, even at its default, unless it is marked
+`added_later`: then only another value than the default enters.
 """
 
 from __future__ import annotations
@@ -17,9 +18,10 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from megatron_plasticity.config.analysis import AttentionConfig, OverfittingConfig, ProbesConfig
-from megatron_plasticity.config.base import AFFECTS_RESULTS, Section
+from megatron_plasticity.config.base import ADDED_LATER, AFFECTS_RESULTS, Section
 from megatron_plasticity.config.data import CorpusConfig
-from megatron_plasticity.config.evaluation import EvaluateConfig
+from megatron_plasticity.config.evaluation import EvaluateConfig, HarnessConfig
+from megatron_plasticity.config.interchange import ImportConfig
 from megatron_plasticity.config.study import StudyConfig
 from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig
 
@@ -28,8 +30,10 @@ HASH_DIGITS = 10
 KINDS: dict[str, type[Section]] = {
     "corpus": CorpusConfig,
     "pretrain": PretrainConfig,
+    "import": ImportConfig,
     "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
+    "harness": HarnessConfig,
     "probes": ProbesConfig,
     "attention": AttentionConfig,
     "overfitting": OverfittingConfig,
@@ -40,8 +44,10 @@ KINDS: dict[str, type[Section]] = {
 RESULTS_VERSION: dict[str, int] = {
     "corpus": 1,
     "pretrain": 1,
+    "import": 1,
     "finetune": 1,
     "evaluate": 1,
+    "harness": 1,
     "probes": 1,
     "attention": 1,
     "overfitting": 1,
@@ -84,8 +90,11 @@ def canonical(value: Any) -> Any:
     """
     match value:
         case Section():
-            fields = type(value).model_fields
-            return {name: canonical(getattr(value, name)) for name, field in fields.items() if affects_results(field)}
+            return {
+                name: canonical(getattr(value, name))
+                for name, field in type(value).model_fields.items()
+                if affects_results(field) and not _added_later_and_unset(field, getattr(value, name))
+            }
         case Mapping():
             return {str(key): canonical(item) for key, item in value.items()}
         case list() | tuple():
@@ -103,3 +112,8 @@ def affects_results(field: FieldInfo) -> bool:
     """Whether a field of a section enters the hash."""
     extra = field.json_schema_extra
     return not (isinstance(extra, dict) and extra.get(AFFECTS_RESULTS) is False)
+
+
+def _added_later_and_unset(field: FieldInfo, value: Any) -> bool:
+    extra = field.json_schema_extra
+    return isinstance(extra, dict) and extra.get(ADDED_LATER) is True and value == field.default

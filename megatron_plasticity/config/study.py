@@ -5,12 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pydantic import Field, PositiveInt, field_validator
+from pydantic import PositiveInt, field_validator, model_validator
 
 from megatron_plasticity.config.analysis import AnalysesConfig
-from megatron_plasticity.config.base import Section, neutral
+from megatron_plasticity.config.base import Section, added_later, neutral
 from megatron_plasticity.config.data import CorpusConfig
 from megatron_plasticity.config.evaluation import EvaluateRecipe
+from megatron_plasticity.config.interchange import ImportedBase
 from megatron_plasticity.config.training import FinetuneRecipe, TaskConfig
 
 
@@ -34,10 +35,12 @@ class StudyConfig(Section):
     """Folder under which the study's folder is made."""
     corpus: CorpusConfig | None = None
     """Corpus to prepare first; without it the base run's `data.folder` must be there already."""
-    base: dict[str, Any]
+    base: dict[str, Any] = {}
     """`pretrain` config that every cell starts from (name, output and, with `corpus`, data.folder are filled in)."""
-    axes: dict[str, tuple[Any, ...]] = Field(min_length=1)
+    axes: dict[str, tuple[Any, ...]] = {}
     """Grid: config path of the base run → values, such as `optimizer.weight_decay: [0, 0.1, 1]`."""
+    bases: tuple[ImportedBase, ...] = added_later(())
+    """Instead of `base` and `axes`: base models that were pretrained elsewhere. Nothing is pretrained."""
     tasks: tuple[TaskConfig, ...] = ()
     """Tasks on which each base model is fine-tuned."""
     finetune: FinetuneRecipe | None = None
@@ -60,3 +63,18 @@ class StudyConfig(Section):
             if len({repr(v) for v in values}) != len(values):
                 raise ValueError(f"axis {path!r} repeats a value")
         return value
+
+    @model_validator(mode="after")
+    def _one_origin_of_base_models(self) -> StudyConfig:
+        problems = []
+        if self.bases:
+            problems += [
+                f"`{name}` is about pretraining, and with `bases` nothing is pretrained; leave one of the two out"
+                for name in ("base", "axes", "corpus")
+                if getattr(self, name)
+            ]
+        elif not (self.base and self.axes):
+            problems.append("state `base` and `axes` (a grid of pretraining runs), or `bases` (models pretrained elsewhere)")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self

@@ -26,7 +26,8 @@ class BlockReader:
             raise ValueError(f"sequence_length must be positive, got {sequence_length}")
         self.store = store
         self.sequence_length = sequence_length
-        self._blocks = store.tokens // (sequence_length + 1)
+        self._rows = store.blocks(sequence_length + 1)
+        self._blocks = len(self._rows)
         if not self._blocks:
             raise UserError(
                 f"{store.prefix}: holds {store.tokens:,} tokens, fewer than one block of sequence length {sequence_length} + 1; "
@@ -38,12 +39,20 @@ class BlockReader:
 
     def read(self, block: int) -> np.ndarray:
         """Tokens of one block: int64 [S + 1]. Raises IndexError outside [0, len(reader))."""
-        if not 0 <= block < self._blocks:
-            raise IndexError(f"block {block} lies outside {self.store.prefix}, which holds {self._blocks} blocks")
-        length = self.sequence_length + 1
-        return self.store.read(block * length, length)
+        return self.tokens(np.array([block]))[0]
+
+    def tokens(self, blocks: np.ndarray) -> np.ndarray:
+        """Tokens of the given blocks, in their order: int64 [B, S + 1]. Raises IndexError if one is outside [0, len(reader))."""
+        for block in (blocks.min(initial=0), blocks.max(initial=0)):
+            if not 0 <= block < self._blocks:
+                raise IndexError(f"block {block} lies outside {self.store.prefix}, which holds {self._blocks} blocks")
+        return self._rows[blocks].astype(np.int64)
+
+    def locate(self, block: int) -> tuple[TokenStore, int]:
+        """The store that a block is read from, and the block's first token there."""
+        return self.store, block * (self.sequence_length + 1)
 
     def batch(self, blocks: Iterable[int] | np.ndarray) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the given blocks, in their order: two int64 tensors [B, S]; targets are inputs shifted by one."""
-        tokens = torch.from_numpy(np.stack([self.read(int(block)) for block in blocks]))
+        tokens = torch.from_numpy(self.tokens(np.fromiter(blocks, dtype=np.int64)))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

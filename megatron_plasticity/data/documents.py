@@ -26,4 +26,9 @@ def is_held_out(text: str, fraction: float) -> bool:
     The answer depends on the text alone, so a document keeps its side whatever else the corpus holds, and enlarging `fraction`
     only adds documents to the held-out side.
     """
-    return int.from_bytes(document_digest(text)[:8], "big") < fraction * 2**64
+    return is_held_out_digest(document_digest(text), fraction)
+
+
+def is_held_out_digest(digest: bytes, fraction: float) -> bool:
+    """As `is_held_out`, for a text whose digest is known."""
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_plasticity.config.files import write_json_atomic
+from megatron_plasticity.data.blend import BlendOrder
 from megatron_plasticity.data.order import SampleOrder
 from megatron_plasticity.errors import UserError
 
@@ -22,23 +23,28 @@ _DECILES = 10
 
 @dataclass(frozen=True)
 class Ledger:
-    """Samples [0, consumed_samples) of `SampleOrder(number_of_blocks, seed)` over the blocks of one store."""
+    """Samples [0, consumed_samples) of the order over the blocks of one store, or of several that are blended."""
 
     seed: int
     """Seed of the order."""
     sequence_length: int
     """S; a block has S + 1 tokens."""
     number_of_blocks: int
-    """Blocks of the store at this sequence length."""
+    """Blocks of the store, or of all stores together, at this sequence length."""
     store_sha256: str
-    """The corpus manifest's `sha256`."""
+    """What identifies the corpus or corpora (`data/stream.py`): for one corpus its manifest's `sha256`."""
     consumed_samples: int
     """Samples consumed so far, over all epochs."""
+    blend: tuple[tuple[int, float], ...] = ()
+    """Blocks and weight of each corpus, if several are blended."""
 
     @property
     def distinct_blocks(self) -> int:
-        """Number of different blocks consumed: the first epoch visits each block once, so later epochs add none."""
-        return min(self.consumed_samples, self.number_of_blocks)
+        """Number of different blocks consumed before the first was read again: the first epoch visits each block once.
+
+        For a single corpus later epochs add none. In a blend, this counts up to where its scarcest corpus begins again.
+        """
+        return min(self.consumed_samples, self.order().samples_before_repeat)
 
     @property
     def passes(self) -> float:
@@ -47,12 +53,17 @@ class Ledger:
 
     def order(self) -> SampleOrder:
         """The order that the run followed."""
+        if self.blend:
+            return BlendOrder(self.blend, self.seed)
         return SampleOrder(self.number_of_blocks, self.seed)
 
 
 def write_ledger(run_folder: Path, ledger: Ledger) -> None:
     """Replace `ledger.json` of a run folder in one step."""
-    write_json_atomic(run_folder / LEDGER_FILE, asdict(ledger))
+    values = asdict(ledger)
+    if not ledger.blend:
+        del values["blend"]
+    write_json_atomic(run_folder / LEDGER_FILE, values)
 
 
 def read_ledger(run_folder: Path) -> Ledger:
@@ -64,7 +75,8 @@ def read_ledger(run_folder: Path) -> Ledger:
         raise UserError(f"{path}: no such file; only a pretraining run that reached a checkpoint has a ledger") from error
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot read the ledger: {error}") from error
-    expected = {field.name for field in fields(Ledger)}
+    expected = {field.name for field in fields(Ledger)} - {"blend"}
+    blend = values.pop("blend", []) if isinstance(values, dict) else []
     if not isinstance(values, dict) or set(values) != expected:
         raise UserError(f"{path}: not a ledger; expected an object with the keys {', '.join(sorted(expected))}")
     numbers = expected - {"store_sha256"}
@@ -72,7 +84,11 @@ def read_ledger(run_folder: Path) -> Ledger:
         raise UserError(f"{path}: damaged; store_sha256 must be a string and every other value a whole number")
     if values["sequence_length"] < 1 or values["number_of_blocks"] < 1 or values["consumed_samples"] < 0:
         raise UserError(f"{path}: damaged; it holds a length, a number of blocks or of samples that is out of range")
-    return Ledger(**values)
+    try:
+        parts = tuple((int(blocks), float(weight)) for blocks, weight in blend)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged; blend must be a list of pairs of blocks and weight") from error
+    return Ledger(**values, blend=parts)
 
 
 def check_ledger_store(ledger: Ledger, store_sha256: str) -> None:

@@ -32,6 +32,15 @@ class SampleOrder:
         self.seed = seed
         self._half_bits = max(_SMALLEST_HALF_BITS, ((number_of_blocks - 1).bit_length() + 1) // 2)
 
+    @property
+    def samples_before_repeat(self) -> int:
+        """Number of samples, from the first on, that read different blocks."""
+        return self.number_of_blocks
+
+    def epoch(self, sample_index: int) -> int:
+        """How often the blocks that sample `sample_index` is drawn from had all been read before."""
+        return sample_index // self.number_of_blocks
+
     def block(self, sample_index: int) -> int:
         """Block that sample `sample_index` (from 0, over all epochs) reads."""
         return int(self.blocks(sample_index, sample_index + 1)[0])

@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import struct
 import tempfile
-from array import array
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +28,9 @@ _VERSION = 1
 _CODES: dict[int, np.dtype] = {4: np.dtype("<i4"), 8: np.dtype("<u2")}
 # Megatron's own threshold, a little below 65,536.
 _UINT16_BELOW = 65_500
+_LENGTH = np.dtype("<i4")
+# Numbers of an index, or ids, that are held in memory at a time.
+_PIECE = 1 << 22
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -44,22 +46,26 @@ def store_files(prefix: Path) -> tuple[Path, Path]:
 class TokenStoreWriter:
     """Writes a store document by document. Both files appear under their names when `close` ends well, the `.idx` last.
 
-    As a context manager it closes at the end of the block, and discards everything when the block raises.
+    As a context manager it closes at the end of the block, and discards everything when the block raises. Memory does not grow
+    with the number of documents: their lengths go into the index at once, and what is computed from them is added on closing.
     """
 
     def __init__(self, prefix: Path, vocab_size: int) -> None:
         self._prefix = prefix
         self._vocab_size = vocab_size
         self._dtype = token_dtype(vocab_size)
-        self._lengths = array("i")
+        self._documents = 0
         self._tokens = 0
+        bin_path, idx_path = store_files(prefix)
         prefix.parent.mkdir(parents=True, exist_ok=True)
-        self._bin = _temporary_file(store_files(prefix)[0])
+        self._bin = _temporary_file(bin_path)
+        self._idx = _temporary_file(idx_path)
+        self._idx.write(bytes(_HEADER.size))  # what the header says is known on closing
 
     @property
     def documents(self) -> int:
         """Documents written so far."""
-        return len(self._lengths)
+        return self._documents
 
     @property
     def tokens(self) -> int:
@@ -71,23 +77,34 @@ class TokenStoreWriter:
         values = np.asarray(ids, dtype=np.int64)
         if values.ndim != 1 or not values.size:
             raise ValueError(f"a document must be a non-empty list of ids, got shape {values.shape}")
-        lowest, highest = int(values.min()), int(values.max())
+        self.add_documents(values, np.array([values.size]))
+
+    def add_documents(self, ids: np.ndarray, lengths: np.ndarray) -> None:
+        """Append documents that lie end to end: `ids` [sum of lengths], `lengths` [documents], both of whole numbers.
+
+        Raises ValueError when the lengths do not fill `ids`, when one is not positive, or when an id is outside [0, vocab_size).
+        """
+        if lengths.size == 0 and ids.size == 0:
+            return
+        if lengths.sum(dtype=np.int64) != ids.size or lengths.min() < 1:
+            raise ValueError(f"lengths must be positive and sum to the number of ids, {ids.size}; got {lengths.sum()}")
+        lowest, highest = (0 if ids.dtype.kind == "u" else int(ids.min())), int(ids.max())
         if lowest < 0 or highest >= self._vocab_size:
             raise ValueError(f"ids must lie in [0, {self._vocab_size}), got {lowest if lowest < 0 else highest}")
-        self._bin.write(values.astype(self._dtype).tobytes())
-        self._lengths.append(values.size)
-        self._tokens += values.size
+        self._bin.write(np.ascontiguousarray(ids, dtype=self._dtype).data)
+        self._idx.write(lengths.astype(_LENGTH).tobytes())
+        self._documents += lengths.size
+        self._tokens += ids.size
 
     def close(self) -> None:
         """Write the index and put both files in place. Raises ValueError when no document was added."""
-        if not self._lengths:
+        if not self._documents:
             self.discard()
             raise ValueError(f"the token store {self._prefix} got no documents")
         bin_path, idx_path = store_files(self._prefix)
-        idx = _temporary_file(idx_path)
         try:
-            self._write_index(idx)
-            for file in (self._bin, idx):
+            self._write_index()
+            for file in (self._bin, self._idx):
                 file.flush()
                 os.fsync(file.fileno())
                 file.close()
@@ -95,16 +112,16 @@ class TokenStoreWriter:
             # An old index never describes new tokens, not even for a moment.
             idx_path.unlink(missing_ok=True)
             os.replace(self._bin.name, bin_path)
-            os.replace(idx.name, idx_path)
+            os.replace(self._idx.name, idx_path)
             fsync_folder(bin_path.parent)
         except BaseException:
-            _remove_file(idx)
             self.discard()
             raise
 
     def discard(self) -> None:
         """Leave nothing behind."""
-        _remove_file(self._bin)
+        for file in (self._bin, self._idx):
+            _remove_file(file)
 
     def __enter__(self) -> TokenStoreWriter:
         return self
@@ -115,16 +132,20 @@ class TokenStoreWriter:
         else:
             self.discard()
 
-    def _write_index(self, file: BinaryIO) -> None:
-        lengths = np.frombuffer(self._lengths, dtype=np.intc).astype("<i4")
-        count = len(lengths)
-        offsets = np.zeros(count, dtype="<i8")
-        np.cumsum(lengths[:-1], dtype=np.int64, out=offsets[1:])
+    def _write_index(self) -> None:
+        """Complete the index, whose lengths are there already, piece by piece."""
+        self._idx.flush()
+        lengths = np.memmap(self._idx.name, mode="r", dtype=_LENGTH, offset=_HEADER.size, shape=(self._documents,))
+        offset = 0
+        for start in range(0, self._documents, _PIECE):
+            ends = offset + np.cumsum(lengths[start : start + _PIECE], dtype=np.int64) * self._dtype.itemsize
+            self._idx.write(np.concatenate([[offset], ends[:-1]]).astype("<i8").tobytes())
+            offset = int(ends[-1])
+        for start in range(0, self._documents + 1, _PIECE):
+            self._idx.write(np.arange(start, min(start + _PIECE, self._documents + 1), dtype="<i8").tobytes())
         code = next(code for code, dtype in _CODES.items() if dtype == self._dtype)
-        file.write(_HEADER.pack(_MAGIC, _VERSION, code, count, count + 1))
-        file.write(lengths.tobytes())
-        file.write((offsets * self._dtype.itemsize).astype("<i8").tobytes())
-        file.write(np.arange(count + 1, dtype="<i8").tobytes())
+        self._idx.seek(0)
+        self._idx.write(_HEADER.pack(_MAGIC, _VERSION, code, self._documents, self._documents + 1))
 
 
 class TokenStore:
@@ -143,7 +164,7 @@ class TokenStore:
             raise _damaged(idx_path, f"has {size:,} bytes, but its header announces {expected:,}")
         if sequences < 1 or boundaries < 2:
             raise _damaged(idx_path, "holds no documents")
-        index = np.memmap(idx_path, mode="r", dtype=np.uint8)
+        index = np.memmap(idx_path, mode="r", dtype=np.uint8).view(np.ndarray)
         self._lengths = _part(index, _HEADER.size, "<i4", sequences)
         self._offsets = _part(index, _HEADER.size + 4 * sequences, "<i8", sequences)
         self._boundaries = _part(index, _HEADER.size + 12 * sequences, "<i8", boundaries)
@@ -152,7 +173,8 @@ class TokenStore:
             raise _damaged(bin_path, f"has {size:,} bytes, but {idx_path.name} announces {expected:,}")
         if not size:
             raise _damaged(bin_path, "holds no tokens")
-        self._stream = np.memmap(bin_path, mode="r", dtype=self._dtype)
+        # As a plain array: each slice of a memmap object costs several times the reading of a block.
+        self._stream = np.memmap(bin_path, mode="r", dtype=self._dtype).view(np.ndarray)
 
     @property
     def dtype(self) -> np.dtype:
@@ -175,6 +197,11 @@ class TokenStore:
             raise IndexError(f"tokens [{start}, {start + length}) lie outside {self.prefix}, which holds {self.tokens} tokens")
         return self._stream[start : start + length].astype(np.int64)
 
+    def blocks(self, length: int) -> np.ndarray:
+        """The stream in rows of `length` tokens, without the rest: [tokens // length, length], memory-mapped, in `dtype`."""
+        count = self.tokens // length
+        return self._stream[: count * length].reshape(count, length)
+
     def document(self, index: int) -> np.ndarray:
         """Tokens of one document, int64. Raises IndexError outside [0, documents)."""
         if not 0 <= index < self.documents:
@@ -185,17 +212,43 @@ class TokenStore:
         start = int(self._offsets[first]) // self._dtype.itemsize
         return self.read(start, int(self._lengths[first:last].sum(dtype=np.int64)))
 
+    def documents_at(self, start: int, length: int) -> range:
+        """The documents that tokens [start, start + length) come from, by number. Raises IndexError outside the stream."""
+        if start < 0 or length < 1 or start + length > self.tokens:
+            raise IndexError(f"tokens [{start}, {start + length}) lie outside {self.prefix}, which holds {self.tokens} tokens")
+        first, last = (self._document_of(token) for token in (start, start + length - 1))
+        return range(first, last + 1)
+
+    def document_start(self, index: int) -> int:
+        """Token at which a document begins. Raises IndexError outside [0, documents)."""
+        if not 0 <= index < self.documents:
+            raise IndexError(f"document {index} lies outside {self.prefix}, which holds {self.documents} documents")
+        sequence = int(self._boundaries[index])
+        return self.tokens if sequence == len(self._offsets) else int(self._offsets[sequence]) // self._dtype.itemsize
+
+    def _document_of(self, token: int) -> int:
+        # Of sequences or documents that begin at the same token, all but the last are empty.
+        sequence = int(np.searchsorted(self._offsets, token * self._dtype.itemsize, side="right")) - 1
+        return int(np.searchsorted(self._boundaries, sequence, side="right")) - 1
+
     def check(self, vocab_size: int) -> None:
         """Read everything and raise UserError unless the index is consistent and every id is below `vocab_size`."""
         _, idx_path = store_files(self.prefix)
-        ends = np.cumsum(self._lengths, dtype=np.int64) * self._dtype.itemsize
-        contiguous = self._offsets[0] == 0 and np.array_equal(self._offsets[1:], ends[:-1])
-        if not contiguous or np.any(self._lengths < 0):
-            raise _damaged(idx_path, "its documents do not lie end to end")
-        if self._boundaries[0] != 0 or self._boundaries[-1] != len(self._lengths) or np.any(np.diff(self._boundaries) < 0):
+        offset = 0
+        for start in range(0, len(self._lengths), _PIECE):
+            lengths = self._lengths[start : start + _PIECE]
+            ends = offset + np.cumsum(lengths, dtype=np.int64) * self._dtype.itemsize
+            offsets = self._offsets[start : start + _PIECE]
+            if np.any(lengths < 0) or offsets[0] != offset or not np.array_equal(offsets[1:], ends[:-1]):
+                raise _damaged(idx_path, "its documents do not lie end to end")
+            offset = int(ends[-1])
+        if self._boundaries[0] != 0 or self._boundaries[-1] != len(self._lengths):
             raise _damaged(idx_path, "its document boundaries are out of order")
-        for start in range(0, self.tokens, 1 << 24):
-            piece = self._stream[start : start + (1 << 24)]
+        for start in range(0, self.documents, _PIECE):
+            if np.any(np.diff(self._boundaries[start : start + _PIECE + 1]) < 0):
+                raise _damaged(idx_path, "its document boundaries are out of order")
+        for start in range(0, self.tokens, _PIECE):
+            piece = self._stream[start : start + _PIECE]
             if int(piece.min()) < 0 or int(piece.max()) >= vocab_size:
                 raise _damaged(store_files(self.prefix)[0], f"holds ids outside [0, {vocab_size})")
 

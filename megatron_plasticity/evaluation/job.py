@@ -1,4 +1,4 @@
-"""An evaluation, from its config to its run folder."""
+"""The evaluations, each from its config to its run folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from megatron_plasticity.config.evaluation import EvaluateConfig
+from megatron_plasticity.config.evaluation import EvaluateConfig, HarnessConfig
 from megatron_plasticity.config.files import write_text_atomic
 from megatron_plasticity.evaluation.evaluate import evaluate_model
 from megatron_plasticity.parallel.grid import resolve_device
@@ -30,3 +30,16 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> RunFolder:
         return results
 
     return run_on_model("evaluate", config, work, progress)
+
+
+def harness(config: HarnessConfig, progress: Progress) -> RunFolder:
+    """Ask the model at `config.run` tasks of lm-evaluation-harness (or do nothing if that is done)."""
+    # Named here, not at the top: the harness is an extra, and takes seconds to import.
+    from megatron_plasticity.evaluation.lm_eval import NativeModel, evaluate_tasks, special_ids
+
+    def work(trained: TrainedModel, folder: RunFolder, show: Progress) -> Mapping[str, Any]:
+        model = trained.checkpoint.build_model(resolve_device(config.device))
+        special = special_ids(trained.tokenizer_path)
+        return evaluate_tasks(NativeModel(model, trained.tokenizer(), config.batch_size, special, show), config)
+
+    return run_on_model("harness", config, work, progress)

@@ -18,11 +18,8 @@ from megatron_plasticity.models.sizes import parameter_shapes
 
 _ARCHITECTURES: dict[Family, tuple[str, str]] = {"llama2": ("llama", "LlamaForCausalLM"), "olmo2": ("olmo2", "Olmo2ForCausalLM")}
 
-_OUTSIDE_BLOCKS = {
-    "embed.weight": "model.embed_tokens.weight",
-    "final_norm.weight": "model.norm.weight",
-    "head.weight": "lm_head.weight",
-}
+_EMBEDDING, _HEAD = "model.embed_tokens.weight", "lm_head.weight"
+_OUTSIDE_BLOCKS = {"embed.weight": _EMBEDDING, "final_norm.weight": "model.norm.weight", "head.weight": _HEAD}
 _INSIDE_BLOCKS = {
     "attn.q_proj.weight": "self_attn.q_proj.weight",
     "attn.k_proj.weight": "self_attn.k_proj.weight",
@@ -38,6 +35,8 @@ _NORMS: dict[Family, dict[str, str]] = {
     "llama2": {"attn_norm.weight": "input_layernorm.weight", "mlp_norm.weight": "post_attention_layernorm.weight"},
     "olmo2": {"attn_norm.weight": "post_attention_layernorm.weight", "mlp_norm.weight": "post_feedforward_layernorm.weight"},
 }
+# Keys of config.json that must be absent, null or false: code of the repository's own, and what neither family has.
+_UNSUPPORTED = ("auto_map", "quantization_config", "attention_bias", "mlp_bias", "sliding_window", "clip_qkv")
 _ROTARY_BUFFER = ".rotary_emb.inv_freq"  # old Llama files carry this table, which follows from rope_theta
 
 
@@ -56,8 +55,7 @@ def huggingface_names(config: ModelConfig) -> dict[str, str]:
 
 def to_huggingface(state: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Our state under Hugging Face's names; the tensors are the same objects. Tied models have no `lm_head.weight`."""
-    shapes = parameter_shapes(config)
-    _check(state, shapes, "the model's state")
+    _check(_shapes(state), parameter_shapes(config), "the model's state")
     return {theirs: state[ours] for ours, theirs in huggingface_names(config).items()}
 
 
@@ -67,27 +65,41 @@ def from_huggingface(state: Mapping[str, Tensor], config: ModelConfig) -> dict[s
     Raises UserError listing every tensor that is missing, that this architecture does not have (biases among them), or whose
     shape disagrees with the config. A tied model may repeat its embedding as `lm_head.weight`; it must be equal.
     """
-    names = huggingface_names(config)
-    shapes = parameter_shapes(config)
-    state = {name: tensor for name, tensor in state.items() if not name.endswith(_ROTARY_BUFFER)}
-    if config.tied_embeddings and "lm_head.weight" in state:
-        head, embedding = state.pop("lm_head.weight"), state.get(names["embed.weight"])
-        if embedding is not None and not torch.equal(head, embedding):
-            raise UserError(
-                "the config ties the embeddings, but lm_head.weight differs from model.embed_tokens.weight; "
-                "set tied_embeddings: false to keep both"
-            )
-    _check(state, {names[ours]: shape for ours, shape in shapes.items()}, "the Hugging Face state")
+    names = matching_names(_shapes(state), config)
+    check_tied_head(state, config)
     return {ours: state[theirs] for ours, theirs in names.items()}
 
 
-def _check(state: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
-    unknown = [name for name in state if name not in shapes]
-    missing = [name for name in shapes if name not in state]
+def matching_names(found: Mapping[str, tuple[int, ...]], config: ModelConfig) -> dict[str, str]:
+    """Canonical name → Hugging Face name of every parameter, once the names and shapes that a Hugging Face model has are known to
+    fit the config. Raises UserError as `from_huggingface` does."""
+    names = huggingface_names(config)
+    repeated = {_HEAD} if config.tied_embeddings else set()
+    found = {name: shape for name, shape in found.items() if not name.endswith(_ROTARY_BUFFER) and name not in repeated}
+    _check(found, {names[ours]: shape for ours, shape in parameter_shapes(config).items()}, "the Hugging Face state")
+    return names
+
+
+def check_tied_head(state: Mapping[str, Tensor], config: ModelConfig) -> None:
+    """Raise UserError where a tied model's `lm_head.weight` is there and differs from its embedding."""
+    if not config.tied_embeddings or _HEAD not in state or _EMBEDDING not in state:
+        return
+    if not torch.equal(state[_HEAD], state[_EMBEDDING]):
+        raise UserError(
+            "the config ties the embeddings, but lm_head.weight differs from model.embed_tokens.weight; "
+            "set tied_embeddings: false to keep both"
+        )
+
+
+def _shapes(state: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in state.items()}
+
+
+def _check(found: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+    unknown = [name for name in found if name not in shapes]
+    missing = [name for name in shapes if name not in found]
     wrong = [
-        f"{name} is {tuple(state[name].shape)}, expected {shape}"
-        for name, shape in shapes.items()
-        if name in state and tuple(state[name].shape) != shape
+        f"{name} is {found[name]}, expected {shape}" for name, shape in shapes.items() if name in found and found[name] != shape
     ]
     biases = [name for name in unknown if name.endswith(".bias")]
     problems = [
@@ -142,18 +154,24 @@ def huggingface_config(config: ModelConfig) -> dict[str, Any]:
 def model_config_from_huggingface(values: Mapping[str, Any]) -> ModelConfig:
     """The model config that a config.json describes, with RoPE as `rope_theta` or, in transformers 5, as `rope_parameters`.
 
-    Raises UserError listing what our models do not have: another architecture, biases, another activation, scaled RoPE.
+    Raises UserError listing the keys that ask for what our models do not have: another architecture, code of its own, quantised
+    weights, biases, another activation, RoPE that is scaled or covers a part of the head, attention within a window.
     """
     families: dict[Any, Family] = {model_type: family for family, (model_type, _) in _ARCHITECTURES.items()}
     model_type = values.get("model_type")
     if model_type not in families:
         raise UserError(f"model_type {model_type!r} is not supported; expected one of {', '.join(families)}")
-    rope = values.get("rope_parameters") or values.get("rope_scaling") or {}
-    unsupported = [f"{key}={values[key]!r}" for key in ("attention_bias", "mlp_bias") if values.get(key)]
+    rope_key = next((key for key in ("rope_parameters", "rope_scaling") if values.get(key)), "rope_parameters")
+    rope = values.get(rope_key) or {}
+    unsupported = [f"{key}={values[key]!r}" for key in _UNSUPPORTED if values.get(key)]
     if values.get("hidden_act", "silu") != "silu":
         unsupported.append(f"hidden_act={values['hidden_act']!r}")
     if rope.get("rope_type", rope.get("type", "default")) != "default":
-        unsupported.append(f"RoPE scaling {rope!r}")
+        unsupported.append(f"RoPE scaling, {rope_key}={rope!r}")
+    if (share := values.get("partial_rotary_factor", rope.get("partial_rotary_factor")) or 1.0) != 1.0:
+        unsupported.append(f"partial_rotary_factor={share!r}")
+    if set(values.get("layer_types") or ()) - {"full_attention"}:
+        unsupported.append(f"layer_types={sorted(set(values['layer_types']))!r}")
     if unsupported:
         raise UserError(f"config.json asks for what a {model_type} model here does not have: {'; '.join(unsupported)}")
     try:

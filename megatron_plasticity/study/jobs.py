@@ -12,9 +12,11 @@ from megatron_plasticity.tracking.run_folder import RunFolder
 
 # Named, not imported: torch, DeepSpeed and scikit-learn load only when a run of that kind starts.
 _JOBS = {
+    "import": ("megatron_plasticity.interchange.importing", "import_model"),
     "pretrain": ("megatron_plasticity.training.pretrain", "pretrain"),
     "finetune": ("megatron_plasticity.training.finetune", "finetune"),
     "evaluate": ("megatron_plasticity.evaluation.job", "evaluate"),
+    "harness": ("megatron_plasticity.evaluation.job", "harness"),
     "probes": ("megatron_plasticity.analysis.jobs", "probes"),
     "attention": ("megatron_plasticity.analysis.jobs", "attention"),
     "overfitting": ("megatron_plasticity.analysis.jobs", "overfitting"),

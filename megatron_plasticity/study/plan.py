@@ -17,10 +17,12 @@ from megatron_plasticity.config.base import Section
 from megatron_plasticity.config.deepspeed import accumulation_steps
 from megatron_plasticity.config.evaluation import EvaluateConfig
 from megatron_plasticity.config.hashing import config_hash
+from megatron_plasticity.config.interchange import ImportConfig
 from megatron_plasticity.config.load import check_config, merge, set_at
+from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.config.study import StudyConfig
 from megatron_plasticity.config.support import check_supported
-from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig, TaskConfig
+from megatron_plasticity.config.training import FinetuneConfig, FinetuneRecipe, PretrainConfig, TaskConfig
 from megatron_plasticity.data.prepare import prepared_folder
 from megatron_plasticity.errors import ConfigError, UserError
 from megatron_plasticity.evaluation.tasks import get_task
@@ -72,8 +74,9 @@ class StudyPlan:
 
 
 def check_study(config: StudyConfig) -> list[PretrainConfig]:
-    """The pretraining configs of the grid, in its order. Raises ConfigError with the problems of all of them."""
-    problems: list[str] = []
+    """The pretraining configs of the grid, in its order; none for a study of imported bases. Raises ConfigError with the problems
+    of all of them."""
+    problems = list(_problems_of_bases(config)) if config.bases else []
     if config.tasks and (config.finetune is None or config.evaluate is None):
         problems.append("tasks are named, so `finetune` and `evaluate` must be there as well")
     if len({task.name for task in config.tasks}) != len(config.tasks):
@@ -82,7 +85,7 @@ def check_study(config: StudyConfig) -> list[PretrainConfig]:
         problems.append(
             "evaluate.template differs from finetune.template: the models would be asked in a form they were not taught"
         )
-    points = _points(config)
+    points = [] if config.bases else _points(config)
     bases: list[PretrainConfig] = []
     for check in (
         *(partial(get_task, task.name) for task in config.tasks),
@@ -96,6 +99,57 @@ def check_study(config: StudyConfig) -> list[PretrainConfig]:
         # The points of a grid share their base, so that one mistake in it is found at each of them.
         raise ConfigError(f"study {config.name}:\n" + "\n".join(f"  {problem}" for problem in dict.fromkeys(problems)))
     return _named(bases, points)
+
+
+def _problems_of_bases(config: StudyConfig) -> Iterator[str]:
+    names = [base.name for base in config.bases]
+    yield from (f"bases: {name} is named twice" for name in sorted({name for name in names if names.count(name) > 1}))
+    for base in config.bases:
+        if base.weight_decay is None:
+            yield f"bases: {base.name} needs `weight_decay`, the λ that it was pretrained with, to stand on the axis of the study"
+        if base.finetune and config.finetune is None:
+            yield f"bases: {base.name} changes `finetune`, which the study does not have"
+        elif config.finetune is not None:
+            try:
+                recipe = _finetune_recipe(config, base.finetune)
+                accumulation_steps(recipe.batch, recipe.parallel.data_parallel_size(config.resources.processes_per_run))
+            except UserError as error:
+                yield from _lines_of(error)
+    places = [(base.group, base.weight_decay) for base in config.bases if base.weight_decay is not None]
+    for group, weight_decay in sorted({place for place in places if places.count(place) > 1}):
+        yield f"bases: two models of group {group!r} have λ = {weight_decay:g}; give what differs otherwise another `group`"
+    if config.analyses.overfitting:
+        yield "analyses.overfitting: the gap is over the data of pretraining, which is not known of imported models; leave it out"
+    if config.analyses.attention and config.analyses.attention.map_sequences:
+        yield (
+            "analyses.attention.map_sequences: maps are of held-out sequences of pretraining, which are not known of imported "
+            "models; set it to 0, and the spectra remain"
+        )
+
+
+def check_sources(config: StudyConfig, models: Mapping[str, ModelConfig]) -> None:
+    """Whether the study's fine-tuning works with the architectures of its imported bases, by name. Raises ConfigError if not."""
+    problems: list[str] = []
+    for base in config.bases:
+        if config.finetune is None:
+            continue
+        recipe, model = _finetune_recipe(config, base.finetune), models[base.name]
+        try:
+            check_supported(recipe, model, f"finetune of {base.name}")
+        except UserError as error:
+            problems += _lines_of(error)
+        if recipe.max_length > model.context_length:
+            problems.append(
+                f"finetune.max_length={recipe.max_length} exceeds the context length of {base.name}, {model.context_length}"
+            )
+    if problems:
+        raise ConfigError(f"study {config.name}:\n" + "\n".join(f"  {problem}" for problem in dict.fromkeys(problems)))
+
+
+def import_configs(config: StudyConfig) -> list[ImportConfig]:
+    """What a study of imported bases imports, in its order."""
+    shared = ImportConfig.model_fields.keys() - {"output"}
+    return [ImportConfig(**base.model_dump(include=set(shared)), output=study_folder(config)) for base in config.bases]
 
 
 def _check_base(config: StudyConfig, point: Mapping[str, Any], bases: list[PretrainConfig]) -> None:
@@ -119,19 +173,37 @@ def _lines_of(error: UserError) -> list[str]:
     return [line.strip() for line in rest] or [heading]
 
 
-def plan_study(config: StudyConfig, corpus_hash: str) -> StudyPlan:
-    """The graph of runs, parents before children. `corpus_hash` is the sha256 of the corpus manifest, which enters every hash.
+def plan_study(
+    config: StudyConfig, corpus_hash: str | None = None, sources: Mapping[str, Mapping[str, str]] | None = None
+) -> StudyPlan:
+    """The graph of runs, parents before children.
 
-    Raises ConfigError if any cell's config is not valid.
+    `corpus_hash` is the sha256 of the corpus manifest, which enters every hash. For a study of imported bases `sources` takes its
+    place: the hashes of what each import reads, by the name of the base. Raises ConfigError if any cell's config is not valid.
     """
     cells: list[PlannedCell] = []
-    for base, point in zip(check_study(config), _points(config), strict=True):
-        weight_decay = base.weight_decay
-        timescale = base.adamw_timescale
-        common = {"point": point, "weight_decay": weight_decay, "adamw_timescale": timescale}
-        pretrain = _cell("pretrain", base.name, base, {"corpus": corpus_hash}, **common)
-        cells += [pretrain, *_descendants(config, base, pretrain, common)]
+    for root, finetune_changes in _imports(config, sources or {}) if config.bases else _pretrainings(config, corpus_hash or ""):
+        common = {"point": root.point, "weight_decay": root.weight_decay, "adamw_timescale": root.adamw_timescale}
+        cells += [root, *_descendants(config, root, finetune_changes, common)]
     return StudyPlan(config, study_folder(config), tuple(cells), _corpus_folder(config))
+
+
+_Root = tuple[PlannedCell, Mapping[str, Any]]
+"""A cell that yields a base model, and what its fine-tuning changes in the study's recipe."""
+
+
+def _pretrainings(config: StudyConfig, corpus_hash: str) -> Iterator[_Root]:
+    for base, point in zip(check_study(config), _points(config), strict=True):
+        common = {"point": point, "weight_decay": base.weight_decay, "adamw_timescale": base.adamw_timescale}
+        yield _cell("pretrain", base.name, base, {"corpus": corpus_hash}, **common), {}
+
+
+def _imports(config: StudyConfig, sources: Mapping[str, Mapping[str, str]]) -> Iterator[_Root]:
+    check_study(config)
+    for base, imported in zip(config.bases, import_configs(config), strict=True):
+        point = {"optimizer.weight_decay": base.weight_decay, **({"group": base.group} if base.group else {})}
+        common = {"point": point, "weight_decay": base.weight_decay, "adamw_timescale": None}
+        yield _cell("import", base.name, imported, dict(sources[base.name]), **common), base.finetune
 
 
 def study_folder(config: StudyConfig) -> Path:
@@ -139,24 +211,23 @@ def study_folder(config: StudyConfig) -> Path:
 
 
 def _descendants(
-    config: StudyConfig, base: PretrainConfig, pretrain: PlannedCell, common: dict[str, Any]
+    config: StudyConfig, root: PlannedCell, finetune_changes: Mapping[str, Any], common: dict[str, Any]
 ) -> Iterator[PlannedCell]:
-    of_base = {"name": base.name, "output": study_folder(config), "run": pretrain.folder}
-    inputs = {"model": _hash_of(pretrain)}
+    name = root.id.removeprefix(f"{root.kind}-")
+    of_base = {"name": name, "output": study_folder(config), "run": root.folder}
+    inputs = {"model": _hash_of(root)}
     analyses = config.analyses
     if analyses.probes:
-        yield _cell("probes", base.name, ProbesConfig(**analyses.probes.model_dump(), **of_base), inputs, pretrain, **common)
+        yield _cell("probes", name, ProbesConfig(**analyses.probes.model_dump(), **of_base), inputs, root, **common)
     if analyses.attention:
-        yield _cell(
-            "attention", base.name, AttentionConfig(**analyses.attention.model_dump(), **of_base), inputs, pretrain, **common
-        )
+        yield _cell("attention", name, AttentionConfig(**analyses.attention.model_dump(), **of_base), inputs, root, **common)
     if analyses.overfitting:
         yield _cell(
             "overfitting",
-            base.name,
+            name,
             OverfittingConfig(**analyses.overfitting.model_dump(), **of_base),
             inputs,
-            pretrain,
+            root,
             **common,
         )
     if not config.tasks:
@@ -165,14 +236,14 @@ def _descendants(
     assert config.evaluate is not None
     yield _cell(
         "evaluate",
-        base.name,
+        name,
         EvaluateConfig(**config.evaluate.model_dump(), tasks=config.tasks, **of_base),
         inputs,
-        pretrain,
+        root,
         **common,
     )
     for task in config.tasks:
-        finetune = _finetune_cell(config, base, pretrain, task, common)
+        finetune = _finetune_cell(config, name, root, finetune_changes, task, common)
         yield finetune
         assert isinstance(finetune.config, FinetuneConfig)
         evaluation = EvaluateConfig(
@@ -186,14 +257,24 @@ def _descendants(
 
 
 def _finetune_cell(
-    config: StudyConfig, base: PretrainConfig, pretrain: PlannedCell, task: TaskConfig, common: dict[str, Any]
+    config: StudyConfig,
+    name: str,
+    root: PlannedCell,
+    changes: Mapping[str, Any],
+    task: TaskConfig,
+    common: dict[str, Any],
 ) -> PlannedCell:
-    assert config.finetune is not None
-    recipe = merge(config.finetune.model_dump(), {"logging": {"mlflow": False}})
-    finetune = FinetuneConfig(
-        **recipe, name=f"{base.name}-{task.name}", output=study_folder(config), base=pretrain.folder, task=task
-    )
-    return _cell("finetune", finetune.name, finetune, {"base": _hash_of(pretrain)}, pretrain, task=task.name, **common)
+    recipe = merge(_finetune_recipe(config, changes).model_dump(), {"logging": {"mlflow": False}})
+    finetune = FinetuneConfig(**recipe, name=f"{name}-{task.name}", output=study_folder(config), base=root.folder, task=task)
+    return _cell("finetune", finetune.name, finetune, {"base": _hash_of(root)}, root, task=task.name, **common)
+
+
+def _finetune_recipe(config: StudyConfig, changes: Mapping[str, Any]) -> FinetuneRecipe:
+    """The study's recipe with what one of its bases changes in it."""
+    assert config.finetune is not None  # check_study
+    if not changes:
+        return config.finetune
+    return check_config(FinetuneRecipe, merge(config.finetune.model_dump(), dict(changes)), "finetune of a base")
 
 
 def _cell(

@@ -19,6 +19,8 @@ from megatron_plasticity.tracking.metrics import read_metrics
 from megatron_plasticity.tracking.run_folder import RunFolder, RunState
 
 Status = Literal["missing", "pending", "running", "done", "failed", "interrupted", "damaged"]
+BASE_KINDS = ("pretrain", "import")
+"""Kinds of run that yield a base model."""
 WEIGHT_DECAY_PATHS = ("optimizer.weight_decay", "optimizer.adamw_timescale")
 
 
@@ -90,6 +92,7 @@ class BaseModel:
     """A pretraining run and what was made of it. An analysis that has no results is None."""
 
     pretrain: Cell
+    """Or the import of a model that was pretrained elsewhere."""
     base_scores: Mapping[str, TaskScores]
     finetuned_scores: Mapping[str, TaskScores]
     finetunes: Mapping[str, Cell]
@@ -134,7 +137,7 @@ class StudyResults:
     @property
     def weight_decays(self) -> tuple[float, ...]:
         """λ of the grid, ascending, each once."""
-        return tuple(sorted({cell.weight_decay for cell in self.cells if cell.kind == "pretrain"}))
+        return tuple(sorted({cell.weight_decay for cell in self.cells if cell.kind in BASE_KINDS}))
 
 
 def number(value: Any) -> float | None:
@@ -257,7 +260,7 @@ def _series(path: Path) -> dict[str, Series]:
 def _groups(cells: tuple[Cell, ...], config: Mapping[str, Any]) -> Iterator[Group]:
     by_label: dict[str, list[BaseModel]] = {}
     for cell in cells:
-        if cell.kind == "pretrain":
+        if cell.kind in BASE_KINDS:
             label = ", ".join(f"{path} = {value}" for path, value in cell.point.items() if path not in WEIGHT_DECAY_PATHS)
             by_label.setdefault(label, []).append(_base_model(cell, cells, config))
     for label, models in by_label.items():

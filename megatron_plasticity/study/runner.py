@@ -16,14 +16,24 @@ from pathlib import Path
 from typing import Any
 
 from megatron_plasticity.config.files import write_json_atomic
+from megatron_plasticity.config.interchange import ImportConfig
 from megatron_plasticity.config.study import StudyConfig
 from megatron_plasticity.data.prepare import read_manifest
+from megatron_plasticity.data.stream import corpus_hash
 from megatron_plasticity.errors import Interrupted, UserError
 from megatron_plasticity.launch.command import deepspeed_command
 from megatron_plasticity.launch.workers import start_worker, worker_context
 from megatron_plasticity.study.display import StudyDisplay
 from megatron_plasticity.study.jobs import JOB_MODULES, TRAINING_KINDS, job_for, prepare_corpus
-from megatron_plasticity.study.plan import PlannedCell, StudyPlan, check_study, plan_study, study_folder
+from megatron_plasticity.study.plan import (
+    PlannedCell,
+    StudyPlan,
+    check_sources,
+    check_study,
+    import_configs,
+    plan_study,
+    study_folder,
+)
 from megatron_plasticity.tracking.disk import explain_disk_errors
 from megatron_plasticity.tracking.lock import file_lock
 from megatron_plasticity.tracking.mlflow_mirror import MlflowMirror, mirror_in_background
@@ -36,7 +46,7 @@ STUDY_FILE = "study.json"
 SECONDS_TO_STOP = 120.0
 _SECONDS_BETWEEN_LOOKS = 0.5
 # Long runs first: what is left at the end is short, so that no slot stays idle for long.
-_ORDER = ("pretrain", "finetune", "overfitting", "probes", "attention", "evaluate")
+_ORDER = ("import", "pretrain", "finetune", "overfitting", "probes", "attention", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,11 @@ def run_study(config: StudyConfig) -> StudyOutcome:
     with file_lock(folder / "lock"), StopSignal() as stop:
         slots = _Slots.of(config)
         corpus = _prepare(config, slots, folder, stop)
-        plan = plan_study(config, read_manifest(corpus or bases[0].data.folder)["sha256"])
+        if config.bases:
+            plan = plan_study(config, sources=_find_sources(config, slots, folder, stop))
+        else:
+            data = bases[0].data
+            plan = plan_study(config, corpus_hash(data.model_copy(update={"folder": corpus or data.folder})))
         _write_study_file(plan, corpus)
         with _mirrored(config, folder):
             return _Runner(plan, slots, stop).run()
@@ -77,6 +91,27 @@ def _prepare(config: StudyConfig, slots: _Slots, folder: Path, stop: StopSignal)
 def _prepare_in_worker(corpus: Any) -> None:
     with ConsoleProgress("corpus") as progress:
         prepare_corpus(corpus, progress)
+
+
+def _find_sources(config: StudyConfig, slots: _Slots, folder: Path, stop: StopSignal) -> dict[str, dict[str, str]]:
+    """The hashes of what each import reads, by the name of the base; what lies on the hub is fetched first."""
+    from megatron_plasticity.interchange.sources import find_source
+
+    imports = import_configs(config)
+    if any(not Path(recipe.source).expanduser().is_dir() for recipe in imports):
+        # In a worker, so that Ctrl-C stops a download at once.
+        slots.run_alone("sources", _find_in_worker, (imports,), folder / "sources.log", stop)
+    sources = {recipe.name: find_source(recipe) for recipe in imports}
+    check_sources(config, {name: source.model for name, source in sources.items()})
+    return {name: source.inputs for name, source in sources.items()}
+
+
+def _find_in_worker(imports: list[ImportConfig]) -> None:
+    from megatron_plasticity.interchange.sources import find_source
+
+    for recipe in imports:
+        print(f"looking for {recipe.source}", flush=True)
+        find_source(recipe)
 
 
 def _write_study_file(plan: StudyPlan, corpus: Path | None) -> None:
@@ -116,7 +151,8 @@ class _Slots:
     @classmethod
     def of(cls, config: StudyConfig) -> _Slots:
         resources = config.resources
-        devices = _visible_devices() if config.base.get("device", "auto") != "cpu" else ()
+        device = config.finetune.device if config.bases and config.finetune else config.base.get("device", "auto")
+        devices = _visible_devices() if device != "cpu" else ()
         places = len(devices) // resources.processes_per_run if devices else 0
         if devices and (resources.slots or 1) > places:
             raise UserError(

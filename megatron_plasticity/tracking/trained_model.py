@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from megatron_plasticity.config.analysis import AttentionConfig, OverfittingConfig, ProbesConfig
-from megatron_plasticity.config.evaluation import EvaluateConfig
+from megatron_plasticity.config.evaluation import EvaluateConfig, HarnessConfig
+from megatron_plasticity.config.interchange import ImportConfig
 from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig
 from megatron_plasticity.data.prepare import TOKENIZER_FILE
 from megatron_plasticity.data.tokenizer import Tokenizer
+from megatron_plasticity.errors import UserError
 from megatron_plasticity.models.checkpoint import CheckpointFolder, open_checkpoint
 from megatron_plasticity.tracking.progress import Both, FolderProgress, Progress
 from megatron_plasticity.tracking.run_folder import RunFolder
@@ -50,15 +52,22 @@ class TrainedModel:
         return Tokenizer.load(self.tokenizer_path)
 
     def pretraining_run(self) -> RunFolder:
-        """The run that this model was pretrained in: its own, or that of the model it was fine-tuned from."""
+        """The run that this model was pretrained in: its own, or that of the model it was fine-tuned from.
+
+        Raises UserError for a model that was pretrained elsewhere."""
         config = self.run.config
         if isinstance(config, FinetuneConfig):
             return TrainedModel.open(config.base).pretraining_run()
+        if isinstance(config, ImportConfig):
+            raise UserError(
+                f"{self.run.path}: was pretrained elsewhere, so its training data is not known here. The train–validation gap and "
+                "attention maps need it; set `map_sequences: 0` for the spectra of the attention matrices alone"
+            )
         assert isinstance(config, PretrainConfig), "only training runs have checkpoints"
         return self.run
 
 
-ModelReading = EvaluateConfig | ProbesConfig | AttentionConfig | OverfittingConfig
+ModelReading = EvaluateConfig | HarnessConfig | ProbesConfig | AttentionConfig | OverfittingConfig
 
 
 def run_on_model(

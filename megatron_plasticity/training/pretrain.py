@@ -10,8 +10,8 @@ import numpy as np
 from megatron_plasticity.config.training import PretrainConfig
 from megatron_plasticity.data.blocks import BlockReader
 from megatron_plasticity.data.ledger import Ledger, draw_consumed_blocks, write_ledger
-from megatron_plasticity.data.order import SampleOrder
-from megatron_plasticity.data.prepare import TOKENIZER_FILE, read_manifest
+from megatron_plasticity.data.prepare import TOKENIZER_FILE
+from megatron_plasticity.data.stream import corpus_hash, ledger_of, sample_order, training_blocks
 from megatron_plasticity.data.token_store import TokenStore
 from megatron_plasticity.data.tokenizer import Tokenizer, check_tokenizer_fits
 from megatron_plasticity.models.initialisation import initialise
@@ -29,8 +29,7 @@ from megatron_plasticity.training.session import TrainingSession, held, training
 
 def pretrain_folder(config: PretrainConfig) -> RunFolder:
     """The run folder of this config, made if it is not there. Raises UserError if the corpus is not prepared."""
-    manifest = read_manifest(config.data.folder)
-    return RunFolder.create(config.output, "pretrain", config.name, config, {"corpus": manifest["sha256"]})
+    return RunFolder.create(config.output, "pretrain", config.name, config, {"corpus": corpus_hash(config.data)})
 
 
 def pretrain(config: PretrainConfig, progress: Progress) -> RunFolder:
@@ -51,17 +50,17 @@ def pretrain(config: PretrainConfig, progress: Progress) -> RunFolder:
 
 def _pretrain(config: PretrainConfig, folder: RunFolder, grid: ProcessGrid, progress: Progress) -> None:
     corpus = config.data.folder
-    manifest = read_manifest(corpus)
+    store_sha256 = corpus_hash(config.data)
     check_tokenizer_fits(Tokenizer.load(corpus / TOKENIZER_FILE), config.model)
-    train_reader = BlockReader(TokenStore(corpus / "train"), config.model.context_length)
+    train_reader = training_blocks(config.data, config.model.context_length)
     held_out_reader = BlockReader(TokenStore(corpus / "held_out"), config.model.context_length)
-    order = SampleOrder(len(train_reader), config.data.seed)
+    order = sample_order(config.data, train_reader)
     batches = PretrainBatches(train_reader, order, config.batch, grid, config.total_steps)
-    data_identity = {"store": manifest["sha256"], "seed": config.data.seed, "sequence_length": config.model.context_length}
+    data_identity = {"store": store_sha256, "seed": config.data.seed, "sequence_length": config.model.context_length}
 
     def ledger_at(step: int) -> Ledger:
         consumed = step * config.batch.global_batch_size
-        return Ledger(config.data.seed, config.model.context_length, len(train_reader), manifest["sha256"], consumed)
+        return ledger_of(config.data, train_reader, store_sha256, consumed)
 
     model = local_model(config.model, grid)
     initialise(model, config.seed)
@@ -70,7 +69,7 @@ def _pretrain(config: PretrainConfig, folder: RunFolder, grid: ProcessGrid, prog
 
         def evaluate(step: int) -> dict[str, float]:
             # As many sequences from what the run has consumed so far, a new draw for each step.
-            seen = draw_consumed_blocks(ledger_at(step), manifest["sha256"], len(held_out_blocks), config.seed + step)
+            seen = draw_consumed_blocks(ledger_at(step), store_sha256, len(held_out_blocks), config.seed + step)
             return {
                 "held_out/loss": mean_cross_entropy(session.engine, held_out_reader, held_out_blocks),
                 "seen/loss": mean_cross_entropy(session.engine, train_reader, seen),

@@ -8,7 +8,7 @@ import pytest
 from pydantic import Field
 
 from megatron_plasticity.config import hashing
-from megatron_plasticity.config.base import Section, neutral
+from megatron_plasticity.config.base import Section, added_later, neutral
 from megatron_plasticity.config.hashing import HASH_DIGITS, KINDS, RESULTS_VERSION, canonical, config_hash, kind_of
 from megatron_plasticity.config.training import OptimizerConfig, PretrainConfig, TaskConfig
 
@@ -64,6 +64,14 @@ def test_neutral_fields_do_not_count_inside_tuples_and_dicts() -> None:
 )
 def test_everything_else_counts(other: dict[str, Any]) -> None:
     assert config_hash(Outer.model_validate(other)) != config_hash(Outer())
+
+
+def test_a_field_that_was_added_later_counts_only_where_it_is_set() -> None:
+    class Grown(Inner):
+        height: int = added_later(3)
+
+    assert canonical(Grown()) == canonical(Inner())
+    assert canonical(Grown(height=4)) == {**canonical(Inner()), "height": 4}
 
 
 def test_order_of_keys_does_not_count() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from megatron_plasticity.config.data import CorpusConfig, PythonTextConfig, ReasoningTextConfig, TokenizerConfig
-from megatron_plasticity.data import prepare as module
+from megatron_plasticity.data import embedded as module
 from megatron_plasticity.data.documents import Document
 from megatron_plasticity.data.prepare import prepare, prepared_folder, read_manifest
 from megatron_plasticity.data.token_store import TokenStore, TokenStoreWriter

@@ -102,6 +102,8 @@ def _score_note(found: Findings) -> str:
 
 
 def _verdict(group: Group, found: Findings) -> str:
+    if group.models and all(model.pretrain.kind == "import" for model in group.models):
+        return _verdict_on_scores(group, found)
     if found.best_by_loss is None:
         return "No base model has a held-out loss yet, so no λ can be recommended."
     if len(group.models) == 1:
@@ -134,6 +136,21 @@ def _verdict(group: Group, found: Findings) -> str:
     return (
         start + "The interval includes zero: the difference cannot be told from noise, and the study does not show that the two "
         "choices differ."
+    )
+
+
+def _verdict_on_scores(group: Group, found: Findings) -> str:
+    """For models that were pretrained elsewhere, whose held-out losses are not known."""
+    if len(group.models) == 1:
+        return f"There is one λ, {group.models[0].weight_decay:.3g}, so there is nothing to choose between."
+    if found.best is None or len(found.mean_scores) < 2:
+        return "Fewer than two λ have fine-tuned scores on all tasks, so the study does not say which is best after fine-tuning."
+    best = _best_decays(found)
+    if len(best) > 1:
+        return f"{listing(f'λ = {decay:.3g}' for decay in best)} share the highest mean score after fine-tuning."
+    return (
+        f"λ = {best[0]:.3g} scores highest after fine-tuning. The models were pretrained elsewhere, so their held-out losses, "
+        "and what a choice by loss would have been, are not known here."
     )
 
 

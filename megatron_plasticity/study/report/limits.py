@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from megatron_plasticity.study.results import StudyResults, number
+from megatron_plasticity.study.results import BASE_KINDS, StudyResults, number
 
 
 def limits(results: StudyResults) -> list[str]:
@@ -10,6 +10,7 @@ def limits(results: StudyResults) -> list[str]:
     return [
         text
         for text in (
+            _imported(results),
             _scale(results),
             _repetition(results),
             _seeds(results),
@@ -25,7 +26,7 @@ def limits(results: StudyResults) -> list[str]:
 
 
 def _scale(results: StudyResults) -> str:
-    done = [cell.results for cell in results.cells if cell.kind == "pretrain" and cell.results]
+    done = [cell.results for cell in results.cells if cell.kind in BASE_KINDS and cell.results]
     sizes = [size for r in done if (size := number((r.get("parameters") or {}).get("total")))]
     tokens = [count for r in done if (count := number(r.get("tokens")))]
     if not sizes or not tokens:
@@ -37,6 +38,16 @@ def _scale(results: StudyResults) -> str:
         "have 0.5 to 4 billion parameters and 20 or 140 tokens per parameter. A λ found here does not carry over as a number; "
         "the AdamW timescale is the "
         "quantity to carry over, and that it does is a conjecture to test."
+    )
+
+
+def _imported(results: StudyResults) -> str:
+    if all(cell.kind != "import" for cell in results.cells):
+        return ""
+    return (
+        "Imported models. The base models were pretrained elsewhere. Their λ and numbers of tokens are what the study's config "
+        "says of them, and their training data, seeds and held-out losses are not known here: this study compares scores, and "
+        "cannot say which λ a choice by loss would have made."
     )
 
 

@@ -26,7 +26,7 @@ from megatron_plasticity.study.report.loss_tables import model_table, paired_los
 from megatron_plasticity.study.report.plasticity_tables import LEGEND, TitledTable, plasticity_tables
 from megatron_plasticity.study.report.samples import LONGEST_ANSWER, SampleSet, sample_sets
 from megatron_plasticity.study.report.tables import Table
-from megatron_plasticity.study.results import Group, StudyResults, collect, number
+from megatron_plasticity.study.results import BASE_KINDS, Group, StudyResults, collect, number
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 """Characters that HTML forbids, which a model may well write."""
@@ -151,7 +151,7 @@ def _unfinished(incomplete: int, total: int, summary: str) -> str:
 
 def _facts(results: StudyResults) -> str:
     """One line on the size of the study, of what is known."""
-    done = [cell.results for cell in results.cells if cell.kind == "pretrain" and cell.results]
+    done = [cell.results for cell in results.cells if cell.kind in BASE_KINDS and cell.results]
     facts = [f"{len(results.weight_decays)} values of λ", f"{len(results.tasks)} tasks", f"{len(results.cells)} runs"]
     if done and (size := number((done[0].get("parameters") or {}).get("total"))):
         facts.append(f"{size / 1e6:.3g} million parameters")
