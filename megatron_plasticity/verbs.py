@@ -62,22 +62,26 @@ def data_show(arguments: Namespace) -> None:
 
 def plan(arguments: Namespace) -> None:
     """Print what a pretraining run needs on some numbers of GPUs, and how to lay it out. Nothing is started."""
+    from megatron_plasticity.config.deepspeed import check_engine
     from megatron_plasticity.config.load import load_config
     from megatron_plasticity.config.training import PretrainConfig
     from megatron_plasticity.launch.plan import Machine, plan_page
 
     machine = Machine(arguments.memory, arguments.mfu)
     config = load_config(PretrainConfig, arguments.config, arguments.overrides)
+    check_engine(config, config.parallel.model_parallel_size)
     print(plan_page(config, arguments.gpus, machine), end="")
 
 
 def pretrain(arguments: Namespace) -> None:
     """Pretrain one model."""
+    from megatron_plasticity.config.deepspeed import check_engine
     from megatron_plasticity.config.load import load_config
     from megatron_plasticity.config.training import PretrainConfig
     from megatron_plasticity.models.sizes import parameter_count
 
     config = load_config(PretrainConfig, arguments.config, arguments.overrides)
+    check_engine(config, config.parallel.model_parallel_size)
     if arguments.dry_run:
         count = parameter_count(config.model)
         timescale = config.adamw_timescale
@@ -92,8 +96,10 @@ def pretrain(arguments: Namespace) -> None:
             f"AdamW timescale {'∞' if timescale is None else f'{timescale:.3g}'} of the run"
         )
         return
+    from megatron_plasticity.parallel.grid import launched_processes
     from megatron_plasticity.training.pretrain import pretrain, pretrain_folder
 
+    check_engine(config, launched_processes())
     with _mirrored(lambda: pretrain_folder(config), config.logging.mlflow), _console(config.name) as progress:
         folder = pretrain(config, progress)
     _finish(folder, ("held_out_loss", "seen_loss", "train_loss"))
@@ -141,15 +147,20 @@ def _print_parity(receipt: dict[str, Any] | None) -> None:
 
 def finetune(arguments: Namespace) -> None:
     """Fine-tune a model on one task."""
+    from megatron_plasticity.config.deepspeed import check_engine
     from megatron_plasticity.config.load import load_config
     from megatron_plasticity.config.training import FinetuneConfig
 
     config = load_config(FinetuneConfig, arguments.config, arguments.overrides)
+    check_engine(config, config.parallel.model_parallel_size)
     if arguments.dry_run:
         _print_config(config)
         return
+    from megatron_plasticity.parallel.grid import launched_processes
     from megatron_plasticity.tracking.trained_model import TrainedModel
     from megatron_plasticity.training.finetune import finetune, finetune_folder
+
+    check_engine(config, launched_processes())
 
     def folder_of_run() -> RunFolder:
         return finetune_folder(config, TrainedModel.open(config.base))

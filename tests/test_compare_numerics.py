@@ -36,8 +36,8 @@ def test_layouts_do_not_part(config: str, capsys: pytest.CaptureFixture[str]) ->
     [
         ("optimizer.decay.scope=matrices", "in step 1, at weight embed.weight"),
         ("optimizer.gradient_clip=0.1", "in step 1, at gradient of head.weight"),
-        ("model.rope_theta=100", "in the first forward pass, at layers.0.attn.q"),
-        ("seed=1", "in the first forward pass, at embed"),
+        ("model.rope_theta=100", "in the first forward pass, at activation of layers.0.attn.q"),
+        ("seed=1", "in the first forward pass, at activation of embed"),
         ("data.seed=1", "in step 1, at loss"),
     ],
 )
@@ -53,6 +53,9 @@ def test_the_first_difference_is_named(config: str, setting: str, where: str, ca
         (["--b", "data.folder=/nowhere"], "/nowhere: not a prepared corpus"),
         (["--b", "parallel.tensor=3"], "parallel.tensor=3"),
         (["--steps", "0"], "at least one step"),
+        (["--steps", "13"], "has 12"),
+        (["--data-a", "0"], "at least one data-parallel rank"),
+        (["--a", "engine.deepspeed={zero_optimization: 5}"], "engine.deepspeed.zero_optimization"),
     ],
 )
 def test_bad_input_ends_before_anything_runs(

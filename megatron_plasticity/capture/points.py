@@ -12,9 +12,8 @@ import re
 from collections.abc import Iterable
 
 from megatron_plasticity.config.model import ModelConfig
-from megatron_plasticity.config.parallel import ParallelConfig
 from megatron_plasticity.errors import UserError
-from megatron_plasticity.models.partition import Sharding, stage_layers
+from megatron_plasticity.models.partition import Sharding
 from megatron_plasticity.parallel.tensor import SEQUENCE_AXIS, TensorRanks
 
 # In the order in which the forward pass reaches them.
@@ -55,14 +54,6 @@ def match_points(config: ModelConfig, globs: Iterable[str]) -> list[str]:
             raise UserError(f"no hook point matches {glob!r}; {_advice(glob, points)}")
         chosen.update(matches)
     return [name for name in points if name in chosen]
-
-
-def stage_of_point(point: str, config: ModelConfig, parallel: ParallelConfig) -> int:
-    """The pipeline stage on which a hook point lies."""
-    layer = layer_of(point)
-    if layer is None:
-        return 0 if point == "embed" else parallel.pipeline - 1
-    return next(stage for stage, layers in enumerate(stage_layers(config, parallel)) if layer in layers)
 
 
 def point_sharding(point: str, config: ModelConfig, ranks: TensorRanks) -> Sharding:

@@ -84,12 +84,14 @@ class Recorder:
         finally:
             self._lengths = None
             self.model.train(was_training)
-        return {name: self.captured[name] for name in self.points}
+        return {name: self.captured[name] for name in self.points if name in self.captured}
 
     def _forward(self, tokens: Tensor) -> None:
         # Logits of every position are the largest tensor of all; leave them out unless a recorded point needs them.
         after_the_layers = not {"final_norm", "head"}.isdisjoint(self.points)
         common_last = self.positions == "last" and self._lengths is None
+        if self.model.ranks.sequence:  # the last position lies on one rank
+            after_the_layers, common_last = True, False
         self.model(tokens, positions="all" if after_the_layers and not common_last else "last")
 
     def _whole(self, name: str, output: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_plasticity.config.parallel import ParallelConfig
-from megatron_plasticity.config.training import BatchConfig, EngineConfig
+from megatron_plasticity.config.training import BatchConfig, EngineConfig, TrainingRecipe
 from megatron_plasticity.errors import ConfigError
 
 
@@ -55,6 +55,12 @@ def deepspeed_json(
         # What one stage sends another is already split (sequence parallelism) or needed whole on each tensor rank.
         ours["pipeline"] = {"pipe_partitioned": False, "grad_partitioned": False}
     return _add(ours, engine.deepspeed, "engine.deepspeed")
+
+
+def check_engine(recipe: TrainingRecipe, processes: int) -> None:
+    """Raise ConfigError if `recipe` cannot run on so many processes: the layout, the batch, or the raw DeepSpeed settings."""
+    data_parallel_size = recipe.parallel.data_parallel_size(processes)
+    deepspeed_json(recipe.engine, recipe.batch, recipe.optimizer.gradient_clip, recipe.parallel, data_parallel_size)
 
 
 # Owned by our fields even where the rendered JSON leaves them out.

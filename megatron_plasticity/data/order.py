@@ -16,6 +16,8 @@ import numpy as np
 _ROUNDS = 8
 # A Feistel network on two halves of one bit reaches few permutations; four bits are the least.
 _SMALLEST_HALF_BITS = 2
+# Samples whose blocks are computed together.
+_SPAN = 4096
 
 
 class SampleOrder:
@@ -30,6 +32,7 @@ class SampleOrder:
             raise ValueError(f"number_of_blocks must lie in [1, 2^62], got {number_of_blocks}")
         self.number_of_blocks = number_of_blocks
         self.seed = seed
+        self._kept: tuple[int, int, np.ndarray] | None = None
         self._half_bits = max(_SMALLEST_HALF_BITS, ((number_of_blocks - 1).bit_length() + 1) // 2)
 
     @property
@@ -53,11 +56,20 @@ class SampleOrder:
         position = start
         while position < stop:
             epoch, offset = divmod(position, self.number_of_blocks)
-            count = min(stop - position, self.number_of_blocks - offset)
-            indexes = np.arange(offset, offset + count, dtype=np.uint64)
-            result[position - start : position - start + count] = self._permute(indexes, epoch)
-            position += count
+            number, into = divmod(offset, _SPAN)
+            taken = self._span(epoch, number)[into : into + stop - position]
+            result[position - start : position - start + len(taken)] = taken
+            position += len(taken)
         return result
+
+    def _span(self, epoch: int, number: int) -> np.ndarray:
+        """Blocks of an epoch's samples from number · _SPAN on. The last span is kept: a step asks for few samples, and computing
+        few costs almost as much as computing many."""
+        if self._kept is None or self._kept[:2] != (epoch, number):
+            first = number * _SPAN
+            indexes = np.arange(first, min(first + _SPAN, self.number_of_blocks), dtype=np.uint64)
+            self._kept = (epoch, number, self._permute(indexes, epoch))
+        return self._kept[2]
 
     def _permute(self, indexes: np.ndarray, epoch: int) -> np.ndarray:
         keys = _round_keys(self.seed, epoch)

@@ -48,7 +48,7 @@ class Machine:
     def __post_init__(self) -> None:
         if not (self.gibibytes > self.reserve and math.isfinite(self.gibibytes)):
             raise UserError(
-                f"--memory {self.gibibytes:g}: one GPU's memory in GiB, more than the {_FIXED_RESERVE:g} that are kept free"
+                f"--memory {self.gibibytes:g}: one GPU's memory in GiB, more than the {self.reserve:.1f} that are kept free"
             )
         if not 0 < self.mfu <= 1:
             raise UserError(f"--mfu {self.mfu:g}: a share of the GPU's peak, above 0 and up to 1, such as 0.4")

@@ -99,8 +99,8 @@ def _balanced(model: ModelConfig, stages: int) -> list[int]:
 
 
 def stage_of(name: str, model: ModelConfig, parallel: ParallelConfig) -> int:
-    """The pipeline stage that a parameter's value is read from. (A tied embedding has a copy on the last stage.)"""
-    if name == TOKEN_EMBEDDING:
+    """The pipeline stage on which a parameter or a hook point lies. (A tied embedding has a copy on the last stage.)"""
+    if name in ("embed", TOKEN_EMBEDDING):
         return 0
     if not name.startswith("layers."):
         return parallel.pipeline - 1

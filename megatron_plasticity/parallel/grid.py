@@ -80,6 +80,13 @@ class ProcessGrid:
         if self.size > 1:
             torch.distributed.barrier()
 
+    def from_main(self, value: Any) -> Any:
+        """What the main process gives here, on every process; all must call it. `value` is of plain Python types."""
+        values = [value]
+        if self.size > 1:
+            torch.distributed.broadcast_object_list(values, device=self.device)
+        return values[0]
+
     def to_main(self, tensor: Tensor | None, stage: int) -> Tensor | None:
         """Bring a tensor from the first process of a pipeline stage to the main process, which returns it; others return None.
 
@@ -115,6 +122,15 @@ def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def launched_processes() -> int:
+    """Processes of this launch; 1 without a launcher."""
+    return int(os.environ["WORLD_SIZE"]) if _is_launched() else 1
+
+
+def _is_launched() -> bool:
+    return "WORLD_SIZE" in os.environ and "RANK" in os.environ
+
+
 @contextlib.contextmanager
 def process_grid(device: torch.device, parallel: ParallelConfig | None = None) -> Iterator[ProcessGrid]:
     """Join the process group that a launcher has prepared (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or form one of a
@@ -123,8 +139,7 @@ def process_grid(device: torch.device, parallel: ParallelConfig | None = None) -
     Raises ConfigError, before anything is joined, if the number of processes does not fit `parallel`.
     """
     parallel = parallel or ParallelConfig()
-    launched = "WORLD_SIZE" in os.environ and "RANK" in os.environ
-    data_size = parallel.data_parallel_size(int(os.environ["WORLD_SIZE"]) if launched else 1)
+    data_size = parallel.data_parallel_size(launched_processes())
     if device.type == "cpu":
         # Before DeepSpeed is imported: it would otherwise look for accelerators, and choose one that we do not run on.
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -136,6 +151,8 @@ def process_grid(device: torch.device, parallel: ParallelConfig | None = None) -
         # the same work. `deepspeed.comm.torch` as an attribute is the real torch, hence sys.modules.
         sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     else:
+        if parallel.tensor > 1:  # so that an exchange which was issued before a matmul also starts before it
+            os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device)
 
     os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, launcher or not
@@ -145,7 +162,7 @@ def process_grid(device: torch.device, parallel: ParallelConfig | None = None) -
             auto_mpi_discovery=False,
             verbose=False,
             timeout=timedelta(minutes=30),
-            **({} if launched else {"init_method": f"file://{Path(folder) / 'rendezvous'}", "rank": 0, "world_size": 1}),
+            **({} if _is_launched() else {"init_method": f"file://{Path(folder) / 'rendezvous'}", "rank": 0, "world_size": 1}),
         )
         try:
             yield _grid(device, parallel, data_size)

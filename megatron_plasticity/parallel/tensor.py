@@ -49,14 +49,15 @@ class TensorRanks:
     def sum_over_copies(self, gradient: Tensor, copies: int) -> Tensor:
         """Sum of `gradient` over the `copies` ranks in a row that hold the same piece of a parameter.
 
-        One all-reduce over all ranks of one slot per piece: smaller groups would have to be made by every process of the job.
+        One all-reduce over all ranks of one slot per piece: smaller groups would have to be made by every process of the job. In
+        fp32, so that rounding does not grow with the number of ranks.
         """
         if copies == 1:
             return gradient
-        slots = gradient.new_zeros((self.size // copies, *gradient.shape))
+        slots = gradient.new_zeros((self.size // copies, *gradient.shape), dtype=torch.float32)
         slots[self.rank // copies] = gradient
         self.all_reduce(slots)
-        return slots[self.rank // copies]
+        return slots[self.rank // copies].to(gradient.dtype)
 
 
 SINGLE = TensorRanks()
@@ -85,7 +86,7 @@ class RMSNorm(nn.RMSNorm):
         self.ranks = ranks
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = _SumGradient.apply(self.weight, self.ranks) if self.ranks.sequence else self.weight
+        weight = _SumGradientOverCopies.apply(self.weight, self.ranks, self.ranks.size) if self.ranks.sequence else self.weight
         return F.rms_norm(x, self.normalized_shape, weight, self.eps)
 
 
@@ -177,22 +178,6 @@ class _Combine(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         return (_gather_sequence(gradient, ctx.ranks) if ctx.ranks.sequence else gradient), None
-
-
-class _SumGradient(torch.autograd.Function):
-    """The identity, whose gradient is summed over the ranks."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, ranks: TensorRanks) -> Tensor:
-        ctx.ranks = ranks
-        return x.view_as(x)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        gradient = gradient.clone()
-        ctx.ranks.all_reduce(gradient)
-        return gradient, None
 
 
 class _SumGradientOverCopies(torch.autograd.Function):

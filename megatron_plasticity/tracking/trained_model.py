@@ -60,8 +60,8 @@ class TrainedModel:
             return TrainedModel.open(config.base).pretraining_run()
         if isinstance(config, ImportConfig):
             raise UserError(
-                f"{self.run.path}: was pretrained elsewhere, so its training data is not known here. The train–validation gap and "
-                "attention maps need it; set `map_sequences: 0` for the spectra of the attention matrices alone"
+                f"{self.run.path}: was pretrained elsewhere, so its training data is not known here. The train–validation gap "
+                "and attention maps need it; set `map_sequences: 0` for the spectra of the attention matrices alone"
             )
         assert isinstance(config, PretrainConfig), "only training runs have checkpoints"
         return self.run

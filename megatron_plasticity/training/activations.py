@@ -7,8 +7,8 @@ import contextlib
 import torch
 from torch import Tensor
 
-from megatron_plasticity.capture.points import stage_of_point
 from megatron_plasticity.capture.recorder import Recorder
+from megatron_plasticity.models.partition import stage_of
 from megatron_plasticity.training.engine import TrainingEngine
 
 
@@ -24,7 +24,7 @@ def record_activations(engine: TrainingEngine, recorder: Recorder, inputs: Tenso
         engine.evaluate([(padded, padded)])
     captured = {}
     for point in recorder.points:
-        stage = stage_of_point(point, engine.model.config, grid.parallel)
+        stage = stage_of(point, engine.model.config, grid.parallel)
         whole = grid.to_main(recorder.captured.get(point), stage)
         if whole is not None:
             captured[point] = whole[: len(inputs)].cpu()

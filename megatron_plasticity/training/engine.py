@@ -60,6 +60,7 @@ class TrainingEngine:
         self._pipeline = PipelineSchedule(self._engine) if is_pipeline else None
         self._cross_entropy = torch.zeros((), dtype=torch.float64, device=grid.device)
         self._loss_scale = 0.0
+        self._gradient_norm = torch.zeros(())
 
     @property
     def layout(self) -> str:

@@ -112,7 +112,7 @@ def training_session(
 
     Raises CheckpointError if the checkpoint belongs to another model, λ, optimizer or data.
     """
-    source = _starting_point(folder, recipe)
+    source = _starting_point(folder, recipe, grid)
     weights = source.tensors() if source else None
     if source is not None and weights is not None and source.model == model.config:
         model.load_whole(weights)
@@ -150,10 +150,25 @@ def held(folder: RunFolder, grid: ProcessGrid) -> Iterator[None]:
         yield
 
 
-def _starting_point(folder: RunFolder, recipe: TrainingRecipe) -> CheckpointFolder | None:
+def _starting_point(folder: RunFolder, recipe: TrainingRecipe, grid: ProcessGrid) -> CheckpointFolder | None:
+    """The checkpoint to go on from. The main process chooses and verifies it (every byte is hashed), and the others follow."""
+    chosen: Path | None = None
+    problem: CheckpointError | None = None
+    if grid.is_main:
+        try:
+            chosen = _verified_starting_point(folder, recipe)
+        except CheckpointError as error:
+            problem = error
+    path, message = grid.from_main((str(chosen) if chosen else None, str(problem) if problem else None))
+    if message is not None:
+        raise problem or CheckpointError(message)
+    return None if path is None else open_checkpoint(Path(path), verify=False)
+
+
+def _verified_starting_point(folder: RunFolder, recipe: TrainingRecipe) -> Path | None:
     own = latest_checkpoint(folder.path)
     if own is not None:
-        return own
+        return own.path
     damaged = damaged_checkpoints(folder.path)
     if damaged:
         raise CheckpointError(
@@ -161,4 +176,4 @@ def _starting_point(folder: RunFolder, recipe: TrainingRecipe) -> CheckpointFold
             + "\n  ".join(damaged)
             + f"\n  Delete {folder.path / 'checkpoints'} to start over."
         )
-    return None if recipe.checkpoint.resume_from is None else open_checkpoint(recipe.checkpoint.resume_from)
+    return None if recipe.checkpoint.resume_from is None else open_checkpoint(recipe.checkpoint.resume_from).path

@@ -64,7 +64,12 @@ def qk_norm_without_its_adjoint() -> None:
 @_sabotage
 def gradient_of_replicated_heads_not_summed() -> None:
     """Each of the ranks that hold the same key/value head keeps what its own query heads ask for."""
-    TensorRanks.sum_over_copies = lambda self, gradient, copies: gradient  # type: ignore[method-assign]
+    original = TensorRanks.sum_over_copies
+
+    def sum_over_copies(self: TensorRanks, gradient: Tensor, copies: int) -> Tensor:
+        return original(self, gradient, copies) if copies == self.size else gradient  # norm gains are held by all ranks
+
+    TensorRanks.sum_over_copies = sum_over_copies  # type: ignore[method-assign]
 
 
 @_sabotage

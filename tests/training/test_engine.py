@@ -130,7 +130,7 @@ def test_two_bf16_ranks_go_on_bit_for_bit(zero_stage: int, tmp_path: Path) -> No
 @pytest.mark.distributed
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
 def test_bf16_gradients_are_averaged_over_ranks_in_fp32(zero_stage: int, tmp_path: Path) -> None:
-    """Two ranks see what one sees in two micro-batches, so only the averaging could differ. DeepSpeed's default rounds it to bf16."""
+    """Two ranks see what one does in two micro-batches, so only the averaging could differ: DeepSpeed's default rounds it."""
     settings = recipe(zero_stage, "bf16", micro_batch=4, clip=0.0)
     one, two = engine_run(settings, 1), run_on_ranks(2, engine_run, settings, 1, log=tmp_path / "log")[0]
     for name, gradient in one.first_gradients.items():
