@@ -46,7 +46,7 @@ test: environment  ## Run the tests with branch coverage
 	$(PYTEST) --cov --cov-report=term $(PYTEST_ARGS)
 
 .PHONY: test-full
-test-full: environment  ## Run the tests and the whole matrix of parallel layouts, without coverage
+test-full: environment  ## Run the tests and all parallel layouts, without coverage (three minutes more)
 	$(PYTEST) -m "full or not full" $(PYTEST_ARGS)
 
 .PHONY: lint
