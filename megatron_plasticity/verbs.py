@@ -39,18 +39,26 @@ def data_show(arguments: Namespace) -> None:
     """Print the sequences that a pretraining run saw at a step, document by document."""
     from megatron_plasticity.config.training import PretrainConfig
     from megatron_plasticity.data.prepare import TOKENIZER_FILE
+    from megatron_plasticity.data.stream import corpus_hash
     from megatron_plasticity.data.tokenizer import Tokenizer
     from megatron_plasticity.data.viewer import page, samples_of_step
     from megatron_plasticity.errors import UserError
     from megatron_plasticity.tracking.run_folder import RunFolder
 
-    config = RunFolder.containing(arguments.folder).config
+    run = RunFolder.containing(arguments.folder)
+    config = run.config
     if not isinstance(config, PretrainConfig):
         raise UserError(f"{arguments.folder}: not a pretraining run; only those read a corpus step by step")
     if not 1 <= arguments.step <= config.total_steps:
         raise UserError(f"--step {arguments.step}: this run has steps 1 to {config.total_steps}")
     if arguments.sequences is not None and arguments.sequences < 1:
         raise UserError(f"--sequences {arguments.sequences}: expected at least 1")
+    if (found := corpus_hash(config.data)) != (read := run.inputs["corpus"]):
+        folders = ", ".join(str(folder) for folder in (config.data.folder, *(corpus.folder for corpus in config.data.blend)))
+        raise UserError(
+            f"{run.path}: read the corpus {read[:12]}…, but {folders} now holds {found[:12]}…: prepare the old corpus again, or "
+            "let the link lead to its folder, whose manifest.json has the first number as its sha256"
+        )
     batch_size = config.batch.global_batch_size
     length = config.model.context_length
     samples = samples_of_step(config.data, length, batch_size, arguments.step, arguments.sequences)

@@ -69,7 +69,7 @@ class HarnessConfig(Section):
     tasks: tuple[str, ...] = Field(min_length=1)
     """Names of tasks or groups of the harness, such as `hellaswag`. It fetches their data from the Hugging Face hub."""
     task_folder: Path | None = None
-    """Folder with tasks of your own, as YAML files of the harness."""
+    """Folder with tasks of your own, as YAML files of the harness. Its content enters the hash as well."""
     shots: NonNegativeInt | None = 0
     """Examples before each question; null takes each task's own number."""
     limit: PositiveInt | None = None

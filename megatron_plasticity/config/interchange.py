@@ -58,7 +58,7 @@ class ImportedBase(ImportRecipe):
     """A base model of a study that was pretrained elsewhere."""
 
     group: str = neutral("")
-    """Models that share it differ in λ only, and are compared with one another."""
+    """Models that share it differ in λ only, and are compared with one another; architecture and `finetune` must be the same."""
     finetune: dict[str, Any] = neutral({})
     """Changes to the study's `finetune` for this base, such as `{optimizer: {learning_rate: 7.5e-6}}`. They enter the hash of its
     fine-tuning runs."""

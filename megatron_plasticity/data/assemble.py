@@ -43,6 +43,8 @@ class SourceParts:
     """Number of parts, from the first on, that the corpus takes documents from."""
     train: Counts = field(default_factory=Counts)
     held_out: Counts = field(default_factory=Counts)
+    last: tuple[int, int] | None = None
+    """Part, and training document of it, copies counted, that the corpus takes last; None when it takes none."""
     first_document: int = 0
     """Number in the training store of the source's first document."""
 
@@ -157,6 +159,7 @@ def _write_train(
             source.first_document = writer.documents
             for index in range(source.used):
                 kept = None if source.kept is None else source.kept[index]
+                taken_here = 0
                 for ids, lengths, sizes in _pieces(source.parts[index], kept):
                     count = lengths.size
                     if quota is not None:  # up to the document that reaches the quota
@@ -165,10 +168,14 @@ def _write_train(
                     tokens = int(taken.sum(dtype=np.int64))
                     writer.add_documents(ids[:tokens], taken)
                     source.train += Counts(len(taken), tokens, int(sizes[:count].sum()))
+                    taken_here += len(taken)
                     if progress is not None:
                         progress.update(min(writer.tokens, total), total, "tokens", stage="writing")
                     if quota is not None and source.train.tokens >= quota:
                         break
+                if taken_here:
+                    last = taken_here - 1 if kept is None else int(np.flatnonzero(kept)[taken_here - 1])
+                    source.last = (index, last)
 
 
 def _pieces(part: Part, kept: np.ndarray | None) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
@@ -193,12 +200,14 @@ def _write_held_out(
     owners: list[tuple[SourceParts, Part]] = []
     digests, numbers, starts, lengths, sizes = [], [], [], [], []
     for source, quota in zip(sources, quotas, strict=True):
-        used = [source.tokens_of(index) for index in range(source.used)]
-        share = 1.0 if quota is None or len(sources) == 1 else min(1.0, quota / max(1, sum(used)))
-        for part in source.parts[: source.used]:
+        for index, part in enumerate(source.parts[: source.used]):
             found, part_lengths = part.digests(HELD_OUT).astype(_NATIVE), part.lengths(HELD_OUT)
-            # The same share of the held-out documents as of the training documents, drawn by their hashes.
-            chosen = np.flatnonzero(found["low"] <= np.uint64(min(int(share * 2**64), 2**64 - 1)))
+            chosen = np.arange(found.size)
+            if quota is not None:
+                # Of a source that is taken in part, those before its last training document: the same share of both splits,
+                # wherever its shards end.
+                part_of_last, last = source.last or (-1, -1)
+                chosen = chosen[(index < part_of_last) | ((index == part_of_last) & (part.places() <= last))]
             ends = np.cumsum(part_lengths, dtype=np.int64)
             digests.append(found[chosen])
             numbers.append(np.full(chosen.size, len(owners)))

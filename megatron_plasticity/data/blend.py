@@ -8,6 +8,7 @@ list of choices is ever made.
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Sequence
 from fractions import Fraction
 
@@ -16,6 +17,7 @@ import numpy as np
 from megatron_plasticity.data.blocks import BlockReader
 from megatron_plasticity.data.order import SampleOrder
 from megatron_plasticity.data.token_store import TokenStore
+from megatron_plasticity.errors import UserError
 
 # Shares are fractions with denominators up to this, so that products with sample numbers up to 2^42 fit 64 bits.
 _LARGEST_DENOMINATOR = 1 << 20
@@ -28,7 +30,8 @@ class BlendOrder(SampleOrder):
     """
 
     def __init__(self, corpora: Sequence[tuple[int, float]], seed: int) -> None:
-        """`corpora` is the number of blocks and the weight of each. Raises ValueError when one has no blocks or no weight."""
+        """`corpora` is the number of blocks and the weight of each. Raises ValueError when one has no blocks or no weight,
+        and UserError when one has so little weight that it would never be read."""
         if not corpora or any(weight <= 0 for _, weight in corpora):
             raise ValueError(f"expected corpora with positive weights, got {corpora}")
         super().__init__(sum(blocks for blocks, _ in corpora), seed)
@@ -39,16 +42,20 @@ class BlendOrder(SampleOrder):
         self._shares = [
             (weight / sum(weights[number:])).limit_denominator(_LARGEST_DENOMINATOR) for number, weight in enumerate(weights)
         ]
+        if any(share in (0, 1) for share in self._shares[:-1]):
+            listed = ", ".join(f"{weight:g}" for _, weight in corpora)
+            raise UserError(f"data.blend: of the weights {listed} one is too small: shares are told apart to one in a million")
 
-    @property
-    def samples_before_repeat(self) -> int:
-        low, high = 0, 1
-        while self._is_without_repeat(high):
-            low, high = high, 2 * high
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (middle, high) if self._is_without_repeat(middle) else (low, middle)
-        return low
+    def distinct(self, samples: int) -> int:
+        return sum(min(count, order.number_of_blocks) for count, order in zip(self.counts(samples), self._orders, strict=True))
+
+    def first_reading(self, number: int) -> int:
+        if not 0 <= number < self.number_of_blocks:
+            raise ValueError(f"expected a number below {self.number_of_blocks}, got {number}")
+        high = 1
+        while self.distinct(high) <= number:
+            high *= 2
+        return bisect.bisect_right(range(high), number, key=lambda sample: self.distinct(sample + 1))
 
     def counts(self, samples: int) -> list[int]:
         """How many of the first `samples` samples come from each corpus."""
@@ -83,9 +90,6 @@ class BlendOrder(SampleOrder):
         for corpus, order in enumerate(self._orders):
             result[corpora == corpus] = order.blocks(first[corpus], last[corpus]) + self._offsets[corpus]
         return result
-
-    def _is_without_repeat(self, samples: int) -> bool:
-        return all(count <= order.number_of_blocks for count, order in zip(self.counts(samples), self._orders, strict=True))
 
 
 class BlendedBlocks(BlockReader):

@@ -2,6 +2,7 @@
 
 All of it happens in `<output>/.<name>-<hash>.parts/`, beside the place of the finished corpus:
 
+    made-for           name of the folder of the corpus
     tokenizer.json     what everything is encoded with
     shards.json        the files of every shard, with their sizes; hub files with the commit
     SSS-NNNNNN/        the part of shard N of source S (`data/parts.py`)
@@ -21,16 +22,16 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from megatron_plasticity.config.data import CorpusConfig
 from megatron_plasticity.config.files import fsync_folder, write_json_atomic
-from megatron_plasticity.config.hashing import HASH_DIGITS, canonical
+from megatron_plasticity.config.hashing import HASH_DIGITS, RESULTS_VERSION, canonical
 from megatron_plasticity.data.assemble import SourceParts, assemble
 from megatron_plasticity.data.manifest import TOKENIZER_FILE, TRAIN, write_manifest
-from megatron_plasticity.data.parts import Part
+from megatron_plasticity.data.parts import PART_FORMAT, Part
 from megatron_plasticity.data.python_text import Progress
 from megatron_plasticity.data.sources import SourceFile, source_files
 from megatron_plasticity.data.token_store import token_dtype
@@ -40,6 +41,10 @@ from megatron_plasticity.data.workers import Shard, Workers, worker_processes
 from megatron_plasticity.errors import UserError
 
 _SHARDS_FILE = "shards.json"
+_MADE_FOR_FILE = "made-for"
+READ_FROM_FILE = "read-from.json"
+"""In a corpus folder: the local files that it was made from, with size and time of change. Not among the files that the manifest
+lists, since it says where and when, not what."""
 _SECONDS_BETWEEN_UPDATES = 0.5
 
 
@@ -50,12 +55,14 @@ def build_from_sources(config: CorpusConfig, folder: Path, progress: Progress | 
     and when the disk is full. Finished shards are kept in all cases.
     """
     tokenizer = load_tokenizer(config.tokenizer)
-    workplace = _workplace(config, tokenizer)
+    workplace = _workplace(config, tokenizer.sha256)
     try:
         with _held(workplace):
+            shutil.rmtree(_trash(workplace), ignore_errors=True)  # of a command that was killed at its very end
             if folder.exists():  # made by another process while this one waited to hold the folder
                 return []
             plans = _plan(config, workplace)
+            (workplace / _MADE_FOR_FILE).write_text(folder.name, encoding="utf-8")
             tokenizer.save(workplace / TOKENIZER_FILE)
             _tokenize(config, plans, workplace, progress)
             return _finish(config, plans, tokenizer, workplace, folder, progress)
@@ -66,10 +73,61 @@ def build_from_sources(config: CorpusConfig, folder: Path, progress: Progress | 
         ) from error
 
 
-def _workplace(config: CorpusConfig, tokenizer: Tokenizer) -> Path:
+def check_sources_unchanged(config: CorpusConfig, folder: Path, tokenizer_sha256: str) -> None:
+    """Raise UserError when the local files that the corpus at `folder` was made from are now others, or its local tokenizer.
+
+    Files that are gone are no reason: the corpus is what is left of them.
+    """
+    assert config.tokenizer.load is not None, "the config sees to it"
+    local = Path(config.tokenizer.load).expanduser().exists()
+    path = folder / READ_FROM_FILE
+    changes = []
+    if local and load_tokenizer(config.tokenizer).sha256 != tokenizer_sha256:
+        changes.append(f"the tokenizer {config.tokenizer.load}")
+    if path.is_file():
+        for source in config.sources:
+            before = {file["path"]: file for file in json.loads(path.read_text(encoding="utf-8")).get(source.name, [])}
+            try:
+                found = source_files(source, config.seed) if source.files else []
+            except UserError:
+                continue
+            changes += [file.path for file in found if asdict(file) != before.get(file.path)]
+    if changes:
+        more = f" and {len(changes) - 3} more" if len(changes) > 3 else ""
+        raise UserError(
+            f"{folder}: made before {', '.join(changes[:3])}{more} changed or appeared. Delete the folder to make the corpus "
+            f"anew, or give the new one another name; if the text is the same after all, delete {path}"
+        )
+
+
+def clear_leftovers(config: CorpusConfig, folder: Path, tokenizer_sha256: str) -> None:
+    """Remove what a command that was killed after it had put the corpus in its place has left."""
+    workplace = _workplace(config, tokenizer_sha256)
+    shutil.rmtree(_trash(workplace), ignore_errors=True)
+    made_for = workplace / _MADE_FOR_FILE
+    # Another corpus of the same parts may be under way there. A folder that cannot be written is no reason to fail, either.
+    if made_for.is_file() and made_for.read_text(encoding="utf-8") == folder.name:
+        with suppress(OSError, UserError), _held(workplace):
+            _discard(workplace)
+
+
+def _discard(workplace: Path) -> None:
+    """Renamed first: half of a workplace would be taken for a whole one by the next command."""
+    trash = _trash(workplace)
+    shutil.rmtree(trash, ignore_errors=True)
+    os.replace(workplace, trash)
+    shutil.rmtree(trash, ignore_errors=True)
+
+
+def _trash(workplace: Path) -> Path:
+    return workplace.with_name(f"{workplace.name}.trash")
+
+
+def _workplace(config: CorpusConfig, tokenizer_sha256: str) -> Path:
     identity = {
+        "version": [RESULTS_VERSION["corpus"], PART_FORMAT],
         "sources": [{k: v for k, v in canonical(source).items() if k != "weight"} for source in config.sources],
-        "tokenizer": tokenizer.sha256,
+        "tokenizer": tokenizer_sha256,
         "held_out_fraction": config.held_out_fraction,
         "seed": config.seed,
     }
@@ -153,6 +211,10 @@ def _plan(config: CorpusConfig, workplace: Path) -> list[_Plan]:
                 )
         sizes = [source["files_of_shard"] for source in stored]
     else:
+        # Without the list nothing says which files a part holds.
+        for leftover in workplace.iterdir():
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
         listed = [source_files(source, config.seed) for source in config.sources]
         sizes = [_grouped(files, config.shard_megabytes * 1e6) for files in listed]
         tree = [
@@ -295,8 +357,14 @@ def _finish(
     )
     if progress is not None:
         progress.update(1, 1, "corpus", stage="hashing")
+    read_from = {
+        source.name: [asdict(file) for file in plan.files]
+        for source, plan in zip(config.sources, plans, strict=True)
+        if source.files
+    }
+    write_json_atomic(corpus / READ_FROM_FILE, read_from)
     fsync_folder(corpus)
     os.replace(corpus, folder)
     fsync_folder(folder.parent)
-    shutil.rmtree(workplace)
+    _discard(workplace)
     return notes

@@ -40,15 +40,13 @@ class Ledger:
 
     @property
     def distinct_blocks(self) -> int:
-        """Number of different blocks consumed before the first was read again: the first epoch visits each block once.
-
-        For a single corpus later epochs add none. In a blend, this counts up to where its scarcest corpus begins again.
-        """
-        return min(self.consumed_samples, self.order().samples_before_repeat)
+        """Number of different blocks read: the first epoch of a corpus visits each of its blocks once, later ones add none."""
+        return self.order().distinct(self.consumed_samples)
 
     @property
     def passes(self) -> float:
-        """How often the run went over its data, on average: above 1 it saw blocks again."""
+        """How often the run went over its data, on average: above 1 it saw blocks again. In a blend a corpus with a large weight
+        may have been repeated even below 1."""
         return self.consumed_samples / self.number_of_blocks
 
     def order(self) -> SampleOrder:
@@ -101,7 +99,7 @@ def check_ledger_store(ledger: Ledger, store_sha256: str) -> None:
 
 
 def decile_bounds(ledger: Ledger) -> np.ndarray:
-    """Eleven sample indexes: decile d of the blocks, by when they were first consumed, is samples [bounds[d], bounds[d + 1])."""
+    """Eleven numbers: decile d is the blocks [bounds[d], bounds[d + 1]) of all different ones, numbered as first consumed."""
     return np.array([ledger.distinct_blocks * decile // _DECILES for decile in range(_DECILES + 1)], dtype=np.int64)
 
 
@@ -111,7 +109,15 @@ def consumed_blocks(ledger: Ledger, store_sha256: str, decile: int | None = None
     `store_sha256` is the hash of the store about to be read; UserError when it is another than the run's.
     """
     check_ledger_store(ledger, store_sha256)
-    return ledger.order().blocks(*_interval(ledger, decile))
+    order = ledger.order()
+    first, last = _interval(ledger, decile)
+    if first == last:
+        return np.empty(0, dtype=np.int64)
+    blocks = order.blocks(order.first_reading(first), order.first_reading(last - 1) + 1)
+    if last - first == len(blocks):
+        return blocks
+    # Some corpus of a blend begins again before another has been read once. What it repeats has been counted before.
+    return np.array([order.block(order.first_reading(number)) for number in range(first, last)], dtype=np.int64)
 
 
 def draw_consumed_blocks(ledger: Ledger, store_sha256: str, count: int, seed: int, decile: int | None = None) -> np.ndarray:
@@ -122,9 +128,9 @@ def draw_consumed_blocks(ledger: Ledger, store_sha256: str, count: int, seed: in
     check_ledger_store(ledger, store_sha256)
     first, last = _interval(ledger, decile)
     generator = np.random.default_rng(seed)
-    samples = first + np.sort(generator.choice(last - first, size=min(count, last - first), replace=False))
+    numbers = first + np.sort(generator.choice(last - first, size=min(count, last - first), replace=False))
     order = ledger.order()
-    return np.array([order.block(int(sample)) for sample in samples], dtype=np.int64)
+    return np.array([order.block(order.first_reading(int(number))) for number in numbers], dtype=np.int64)
 
 
 def _interval(ledger: Ledger, decile: int | None) -> tuple[int, int]:

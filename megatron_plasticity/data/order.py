@@ -35,10 +35,13 @@ class SampleOrder:
         self._kept: tuple[int, int, np.ndarray] | None = None
         self._half_bits = max(_SMALLEST_HALF_BITS, ((number_of_blocks - 1).bit_length() + 1) // 2)
 
-    @property
-    def samples_before_repeat(self) -> int:
-        """Number of samples, from the first on, that read different blocks."""
-        return self.number_of_blocks
+    def distinct(self, samples: int) -> int:
+        """How many different blocks the first `samples` samples read."""
+        return min(samples, self.number_of_blocks)
+
+    def first_reading(self, number: int) -> int:
+        """The sample that is the `number`-th (from 0) to read a block that none before it has read."""
+        return number
 
     def epoch(self, sample_index: int) -> int:
         """How often the blocks that sample `sample_index` is drawn from had all been read before."""

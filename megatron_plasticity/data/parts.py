@@ -5,6 +5,7 @@
         train.lengths, held_out.lengths      int32 tokens of each document
         train.bytes, held_out.bytes          int64 bytes of UTF-8 of each document's text
         train.digests, held_out.digests      the first 16 bytes of the SHA-256 of each document's text
+        held_out.places                      int64 training documents that come before each held-out one
         part.json                            counts
 
 A part depends on its shard, the tokenizer and the held-out share alone. It is written under another name and renamed, so a part
@@ -30,6 +31,8 @@ from megatron_plasticity.data.token_store import token_dtype
 from megatron_plasticity.data.tokenizer import Tokenizer
 
 PART_FILE = "part.json"
+PART_FORMAT = 2
+"""Raised when parts of an earlier version can no longer be used."""
 _KINDS = ("ids", "lengths", "bytes", "digests")
 DIGEST = np.dtype([("high", ">u8"), ("low", ">u8")])
 """128 bits of SHA-256: of 10^9 documents, two differing ones are taken for the same with a probability below 10^-20."""
@@ -85,6 +88,10 @@ class Part:
         """DIGEST [documents]."""
         return _mapped(self._folder / f"{split}.digests", DIGEST)
 
+    def places(self) -> np.ndarray:
+        """int64 [held-out documents]: how many training documents of the part come before each."""
+        return _mapped(self._folder / f"{HELD_OUT}.places", np.dtype("<i8"))
+
 
 def write_part(folder: Path, texts: Iterable[str], tokenizer: Tokenizer, held_out_fraction: float) -> Iterator[int]:
     """Tokenize documents into a part; yields the bytes of text of each batch once it is done. Nothing appears at `folder` before
@@ -95,10 +102,12 @@ def write_part(folder: Path, texts: Iterable[str], tokenizer: Tokenizer, held_ou
     info = PartInfo()
     dtype = token_dtype(tokenizer.vocab_size)
     streams = {(split, kind): (unfinished / f"{split}.{kind}").open("wb") for split in SPLITS for kind in _KINDS}
+    streams[HELD_OUT, "places"] = (unfinished / f"{HELD_OUT}.places").open("wb")
     try:
         for batch in _batches(texts):
             size = 0
             pieces: dict[str, list[tuple[list[int], bytes, int]]] = {split: [] for split in SPLITS}
+            places: list[int] = []
             for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
                 raw = text.encode("utf-8")
                 size += len(raw)
@@ -108,7 +117,10 @@ def write_part(folder: Path, texts: Iterable[str], tokenizer: Tokenizer, held_ou
                 ids.append(tokenizer.end_of_text)
                 digest = hashlib.sha256(raw).digest()
                 split = HELD_OUT if is_held_out_digest(digest, held_out_fraction) else TRAIN
+                if split == HELD_OUT:
+                    places.append(info.splits[TRAIN].documents + len(pieces[TRAIN]))
                 pieces[split].append((ids, digest[: DIGEST.itemsize], len(raw)))
+            streams[HELD_OUT, "places"].write(np.array(places, dtype="<i8").data)
             for split, found in pieces.items():
                 if not found:
                     continue

@@ -31,8 +31,8 @@ def prepared_folder(config: CorpusConfig) -> Path:
 def prepare(config: CorpusConfig, progress: Progress | None = None) -> Path:
     """Build the corpus and return its folder. A corpus that is there already is checked for damage and otherwise left as it is.
 
-    Raises UserError when the folder that is there is damaged, when a source or the tokenizer cannot be used, or when there is too
-    little text for two splits.
+    Raises UserError when the folder that is there is damaged or its local sources have changed since, when a source or the
+    tokenizer cannot be used, or when there is too little text for two splits.
     """
     folder = prepared_folder(config)
     if folder.exists():
@@ -40,7 +40,12 @@ def prepare(config: CorpusConfig, progress: Progress | None = None) -> Path:
             raise UserError(
                 f"{folder}: in the way of the corpus, and not one itself (it has no {MANIFEST_FILE}). {advice(folder)}"
             )
-        read_manifest(folder)
+        manifest = read_manifest(folder)
+        if config.sources:
+            from megatron_plasticity.data.build import check_sources_unchanged, clear_leftovers
+
+            clear_leftovers(config, folder, manifest["tokenizer"]["sha256"])
+            check_sources_unchanged(config, folder, manifest["tokenizer"]["sha256"])
         _point_name_at(folder, config.name)
         return folder
     try:

@@ -170,7 +170,8 @@ def _decompressed(file: IO[bytes], path: str) -> IO[bytes]:
 
 
 def _parquet_texts(file: IO[bytes], path: str, source: SourceConfig) -> Iterator[str]:
-    table = pyarrow.parquet.ParquetFile(file)
+    # Read as it is used: without these the column of a whole row group is in memory at once.
+    table = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
     if source.text not in table.schema_arrow.names:
         raise _no_column(path, source, table.schema_arrow.names)
     if not _is_text(table.schema_arrow.field(source.text).type):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 from megatron_plasticity.config.data import DataConfig
 from megatron_plasticity.data.blend import BlendedBlocks, BlendOrder
@@ -17,7 +18,8 @@ from megatron_plasticity.errors import UserError
 def corpus_hash(data: DataConfig) -> str:
     """What identifies the text of a run: its corpus manifest's `sha256`; for a blend, the SHA-256 of those of all corpora.
 
-    Raises UserError when a corpus is not prepared, is damaged, or was made with another tokenizer than the first.
+    Raises UserError when a corpus is not prepared, is damaged, was made with another tokenizer than the first, or trains on what
+    the first holds out.
     """
     manifest = read_manifest(data.folder)
     if not data.blend:
@@ -30,8 +32,18 @@ def corpus_hash(data: DataConfig) -> str:
                 f"data.blend: {corpus.folder} was prepared with another tokenizer than {data.folder}, so its ids mean something "
                 "else; prepare both with the same one"
             )
+        # Which texts are held out follows from their hashes, so a larger share holds out all that a smaller one does.
+        if (fraction := _held_out_fraction(other)) < (needed := _held_out_fraction(manifest)):
+            raise UserError(
+                f"data.blend: {corpus.folder} has held_out_fraction={fraction:g}, {data.folder} {needed:g}, so the run could "
+                f"train on copies of its own held-out documents; prepare {corpus.folder} with at least {needed:g}"
+            )
         hashes.append(other["sha256"])
     return hashlib.sha256("\n".join(hashes).encode()).hexdigest()
+
+
+def _held_out_fraction(manifest: dict[str, Any]) -> float:
+    return float(manifest["config"]["held_out_fraction"])
 
 
 def training_blocks(data: DataConfig, sequence_length: int) -> BlockReader:

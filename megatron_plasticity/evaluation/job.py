@@ -35,11 +35,11 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> RunFolder:
 def harness(config: HarnessConfig, progress: Progress) -> RunFolder:
     """Ask the model at `config.run` tasks of lm-evaluation-harness (or do nothing if that is done)."""
     # Named here, not at the top: the harness is an extra, and takes seconds to import.
-    from megatron_plasticity.evaluation.lm_eval import NativeModel, evaluate_tasks, special_ids
+    from megatron_plasticity.evaluation.lm_eval import NativeModel, evaluate_tasks, harness_inputs, special_ids
 
     def work(trained: TrainedModel, folder: RunFolder, show: Progress) -> Mapping[str, Any]:
         model = trained.checkpoint.build_model(resolve_device(config.device))
         special = special_ids(trained.tokenizer_path)
         return evaluate_tasks(NativeModel(model, trained.tokenizer(), config.batch_size, special, show), config)
 
-    return run_on_model("harness", config, work, progress)
+    return run_on_model("harness", config, work, progress, harness_inputs(config))

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from megatron_plasticity.config.evaluation import HarnessConfig
+from megatron_plasticity.config.files import sha256_file
 from megatron_plasticity.data.tokenizer import Tokenizer
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.evaluation.sampler import generate
@@ -31,6 +34,12 @@ if TYPE_CHECKING:
 
 # As the harness's own Hugging Face model does where a task does not say.
 _NEW_TOKENS = 256
+# What the harness calls the number of new tokens; the first that is there counts.
+_NEW_TOKENS_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
+_HONOURED = {"until", "do_sample", "temperature", *_NEW_TOKENS_NAMES}
+# Other settings of generation that may be there, since they change nothing at these values, or when decoding is greedy.
+_WITHOUT_EFFECT: dict[str, Any] = {"top_p": 1, "top_k": 0, "repetition_penalty": 1, "num_beams": 1, "use_cache": True}
+_OF_SAMPLING_ONLY = {"top_p", "top_k", "min_p", "typical_p"}
 
 
 class NativeModel(TemplateLM):
@@ -140,14 +149,27 @@ def special_ids(tokenizer_file: Path) -> frozenset[int]:
     return frozenset(token["id"] for token in added if token.get("special"))
 
 
+def harness_inputs(config: HarnessConfig) -> dict[str, str]:
+    """What a score depends on beside model and config: the harness's version, and the content of the folder with own tasks."""
+    inputs = {"lm_eval": version("lm_eval")}
+    if config.task_folder is None:
+        return inputs
+    if not config.task_folder.is_dir():
+        raise UserError(f"task_folder: {config.task_folder} is no folder")
+    digest = hashlib.sha256()
+    for file in sorted(config.task_folder.rglob("*")):
+        # Python leaves its caches beside the functions of a task.
+        if file.is_file() and "__pycache__" not in file.parts:
+            digest.update(f"{file.relative_to(config.task_folder).as_posix()}:{sha256_file(file)}\n".encode())
+    return inputs | {"task_folder": digest.hexdigest()}
+
+
 def evaluate_tasks(model: NativeModel, config: HarnessConfig) -> dict[str, Any]:
     """`results.json` of a run: `{"tasks": {task: {metric: {"value", "stderr"}}}, "questions": {task: number}, "version"}`.
 
     A metric of a filter other than the harness's default is called `metric,filter`. Raises UserError for a task that the harness
     does not know or whose data cannot be had.
     """
-    from importlib.metadata import version
-
     from lm_eval.evaluator import simple_evaluate
     from lm_eval.tasks import TaskManager
 
@@ -197,10 +219,28 @@ def _by_settings(requests: Iterable[Instance]) -> dict[_Settings, list[int]]:
         asked: dict[str, Any] = request.arguments[1]
         stops = asked.get("until") or ()
         stops = (stops,) if isinstance(stops, str) else tuple(stops)
-        temperature = float(asked.get("temperature") or 1.0) if asked.get("do_sample") else 0.0
-        tokens = int(asked.get("max_gen_toks") or asked.get("max_new_tokens") or _NEW_TOKENS)
+        temperature = _temperature(asked)
+        _refuse_what_is_not_honoured(asked, temperature)
+        tokens = int(next((asked[name] for name in _NEW_TOKENS_NAMES if asked.get(name)), _NEW_TOKENS))
         groups.setdefault((tokens, temperature, stops), []).append(number)
     return groups
+
+
+def _temperature(asked: Mapping[str, Any]) -> float:
+    """0 for greedy decoding. As in the harness, a temperature alone asks for samples."""
+    stated = float(asked.get("temperature") or 0.0)
+    sampled = stated > 0 if asked.get("do_sample") is None else asked["do_sample"]
+    return (stated or 1.0) if sampled else 0.0
+
+
+def _refuse_what_is_not_honoured(asked: Mapping[str, Any], temperature: float) -> None:
+    passed_over = _HONOURED | (set() if temperature else _OF_SAMPLING_ONLY)
+    for key, value in asked.items():
+        if key not in passed_over and value is not None and (key not in _WITHOUT_EFFECT or value != _WITHOUT_EFFECT[key]):
+            raise UserError(
+                f"generation_kwargs: {key}={value!r} is not supported; a task may set {', '.join(sorted(_HONOURED))}. Export the "
+                "model and ask it with `lm_eval --model hf`"
+            )
 
 
 def _cut(text: str, stops: Iterable[str]) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor
 from megatron_plasticity.config.files import write_text_atomic
 from megatron_plasticity.config.interchange import ImportConfig
 from megatron_plasticity.data.prepare import TOKENIZER_FILE
+from megatron_plasticity.errors import UserError
 from megatron_plasticity.interchange.parity import check_parity
 from megatron_plasticity.interchange.sources import Source, find_source
 from megatron_plasticity.models.checkpoint import WEIGHTS, open_checkpoint, save_checkpoint
@@ -59,9 +60,13 @@ def import_folder(config: ImportConfig, source: Source) -> RunFolder:
 
 
 def imported_tensors(source: Source, progress: Progress) -> Iterator[tuple[str, Tensor]]:
-    """Pairs of canonical name and fp32 tensor, one at a time; every stored number is kept exactly."""
+    """Pairs of canonical name and fp32 tensor, one at a time; every stored number is kept exactly. UserError where one is not
+    finite."""
     for done, (ours, theirs) in enumerate(source.names.items(), start=1):
-        yield ours, source.weights[theirs].to(torch.float32)
+        tensor = source.weights[theirs].to(torch.float32)
+        if not tensor.isfinite().all():
+            raise UserError(f"{source.path}: {theirs} holds numbers that are not finite, so the model computes nothing")
+        yield ours, tensor
         progress.update(done, len(source.names), "tensors")
 
 
@@ -100,11 +105,19 @@ def _labels(config: ImportConfig) -> dict[str, Any]:
 
 
 def _bring_up_to_date(config: ImportConfig, source: Source, folder: RunFolder) -> None:
-    """Corrected labels, and a receipt that was skipped the first time."""
+    """Corrected labels, and a receipt that was skipped the first time; where it fails, as in a first import, nothing is kept."""
     results = folder.results
     receipt = results["parity"]
     if receipt is None and config.parity:
-        receipt = check_parity(open_checkpoint(folder.path / _CHECKPOINT), source.path)
+        checkpoint = open_checkpoint(folder.path / _CHECKPOINT)
+        with folder.lock():
+            try:
+                receipt = check_parity(checkpoint, source.path)
+            except UserError as error:
+                # In this order: killed in between, it leaves a failed run, and never one that is done.
+                folder.revoke(error)
+                shutil.rmtree(checkpoint.path, ignore_errors=True)
+                raise
     current = {**results, **_labels(config), "parity": receipt}
     if current != results or folder.config != config:
         with folder.lock():

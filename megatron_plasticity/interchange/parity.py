@@ -67,6 +67,11 @@ def transformers_logits(folder: Path, tokens: Tensor) -> Tensor:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, trust_remote_code=False, output_loading_info=True
         )
+    except MemoryError:  # says nothing about the folder
+        raise
+    except Exception as error:  # a config of the wrong types raises whatever its use comes to
+        reason = " ".join([f"{type(error).__name__}:", *map(str.strip, str(error).strip().splitlines()[:3])])
+        raise UserError(f"{folder}: transformers cannot load it: {reason}") from error
     finally:
         if bar:
             logging.enable_progress_bar()

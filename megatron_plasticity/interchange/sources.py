@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from megatron_plasticity.interchange.weights import HuggingFaceWeights, weight_f
 from megatron_plasticity.models.huggingface import check_tied_head, matching_names, model_config_from_huggingface
 
 CONFIG_FILE = "config.json"
+GENERATION_FILE = "generation_config.json"
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+")
 _SMALL_FILES = ["*.json", "config.yaml"]
 
@@ -72,6 +73,7 @@ def find_source(recipe: ImportRecipe) -> Source:
         raise UserError(f"{recipe.source}: {error}") from None
     tokenizer, tokenizer_file = _tokenizer(recipe, path)
     check_tokenizer_fits(tokenizer, model)
+    _check_end_of_text(recipe.source, tokenizer, values, _read_object(path / GENERATION_FILE))
     used = [path / CONFIG_FILE, *files, tokenizer_file]
     identity = _commit_of(path, recipe.source) or _content_hash(used)
     return Source(path, identity, model, weights, names, tokenizer)
@@ -83,14 +85,9 @@ def read_config(path: Path) -> dict[str, Any]:
         # Meta and OLMo leave such a file beside a converted model too; what counts then is config.json.
         if (path / name).exists() and not (path / CONFIG_FILE).is_file():
             raise UserError(f"{path}: is {what}")
-    try:
-        values = json.loads((path / CONFIG_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: has no {CONFIG_FILE}, so it is no model in Hugging Face's format") from None
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path / CONFIG_FILE}: cannot be read: {error}") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path / CONFIG_FILE}: expected a JSON object")
+    if not (path / CONFIG_FILE).is_file():
+        raise UserError(f"{path}: has no {CONFIG_FILE}, so it is no model in Hugging Face's format")
+    values = _read_object(path / CONFIG_FILE)
     if "model_type" not in values and isinstance(values.get("model"), dict):
         raise UserError(f"{path}: is {_OTHER_FORMATS['model_and_optim']}")
     if values.get("model_type") == "hf_olmo":
@@ -152,6 +149,29 @@ def _tokenizer(recipe: ImportRecipe, source: Path) -> tuple[Tokenizer, Path]:
             f"{path.parent}: has no {TOKENIZER_FILE}{hint}. Set `tokenizer` to one, or to a folder or hub name that has one"
         )
     return Tokenizer.load(path), path
+
+
+def _check_end_of_text(source: str, tokenizer: Tokenizer, *configs: Mapping[str, Any]) -> None:
+    """UserError where the id that ended texts in pretraining, by the first of `configs` that says so, is not the tokenizer's."""
+    stated = next((ids for values in configs if (ids := values.get("eos_token_id")) is not None), None)
+    if stated is None or tokenizer.end_of_text in (stated if isinstance(stated, list) else [stated]):
+        return
+    raise UserError(
+        f"{source}: its eos_token_id is {stated}, but its tokenizer's end-of-text token has id {tokenizer.end_of_text}: "
+        "fine-tuning would end answers with a token that the model does not know as an end. Set `tokenizer` to that of its "
+        f"pretraining, or correct {CONFIG_FILE}"
+    )
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON object, empty where there is no such file; UserError for anything else."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a JSON object")
+    return values
 
 
 def _content_hash(files: Iterable[Path]) -> str:

@@ -36,6 +36,8 @@ def weight_files(folder: Path) -> list[Path]:
 def _listed(index: Path) -> list[Path]:
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        if not all(isinstance(name, str) for name in names):
+            raise TypeError("the values of weight_map are not names of files")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{index}: cannot be read as an index of shards: {type(error).__name__} {error}") from None
     if outside := [name for name in names if Path(name).name != name]:

@@ -37,6 +37,9 @@ _NORMS: dict[Family, dict[str, str]] = {
 }
 # Keys of config.json that must be absent, null or false: code of the repository's own, and what neither family has.
 _UNSUPPORTED = ("auto_map", "quantization_config", "attention_bias", "mlp_bias", "sliding_window", "clip_qkv")
+# Where config.json may state RoPE's settings. transformers takes the first of them that is there, and a `rope_theta` in it counts
+# before one beside it.
+_ROPE = ("rope_scaling", "rope_parameters")
 _ROTARY_BUFFER = ".rotary_emb.inv_freq"  # old Llama files carry this table, which follows from rope_theta
 
 
@@ -161,21 +164,26 @@ def model_config_from_huggingface(values: Mapping[str, Any]) -> ModelConfig:
     model_type = values.get("model_type")
     if model_type not in families:
         raise UserError(f"model_type {model_type!r} is not supported; expected one of {', '.join(families)}")
-    rope_key = next((key for key in ("rope_parameters", "rope_scaling") if values.get(key)), "rope_parameters")
-    rope = values.get(rope_key) or {}
+    rope = {key: values[key] for key in _ROPE if values.get(key)}
+    for key, stated in rope.items():
+        if not isinstance(stated, Mapping):
+            raise UserError(f"config.json: {key}={stated!r} is no mapping of RoPE's settings")
     unsupported = [f"{key}={values[key]!r}" for key in _UNSUPPORTED if values.get(key)]
     if values.get("hidden_act", "silu") != "silu":
         unsupported.append(f"hidden_act={values['hidden_act']!r}")
-    if rope.get("rope_type", rope.get("type", "default")) != "default":
-        unsupported.append(f"RoPE scaling, {rope_key}={rope!r}")
-    if (share := values.get("partial_rotary_factor", rope.get("partial_rotary_factor")) or 1.0) != 1.0:
-        unsupported.append(f"partial_rotary_factor={share!r}")
+    for key, stated in rope.items():
+        if {stated.get("rope_type") or "default", stated.get("type") or "default"} != {"default"}:
+            unsupported.append(f"RoPE scaling, {key}={stated!r}")
+        elif any(isinstance(value, Mapping) for value in stated.values()):
+            unsupported.append(f"RoPE that differs between layers, {key}={stated!r}")
+    shares = {stated.get("partial_rotary_factor") or 1.0 for stated in (values, *rope.values())}
+    unsupported += [f"partial_rotary_factor={share!r}" for share in shares - {1.0}]
     if set(values.get("layer_types") or ()) - {"full_attention"}:
         unsupported.append(f"layer_types={sorted(set(values['layer_types']))!r}")
     if unsupported:
         raise UserError(f"config.json asks for what a {model_type} model here does not have: {'; '.join(unsupported)}")
     try:
-        return ModelConfig(**_model_fields(values, families[model_type], rope))
+        return ModelConfig(**_model_fields(values, families[model_type], next(iter(rope.values()), {})))
     except KeyError as error:
         raise UserError(f"config.json lacks the key {error}") from error
     except ValidationError as error:
@@ -197,5 +205,5 @@ def _model_fields(values: Mapping[str, Any], family: Family, rope: Mapping[str, 
         "tied_embeddings": values.get("tie_word_embeddings", False),
         # transformers' own defaults for a key that is absent
         "norm_eps": values.get("rms_norm_eps", 1e-6 if family == "llama2" else 1e-5),
-        "rope_theta": values.get("rope_theta") or rope.get("rope_theta") or 10_000.0,
+        "rope_theta": rope.get("rope_theta") or values.get("rope_theta") or 10_000.0,
     }

@@ -16,8 +16,8 @@ from megatron_plasticity.config.analysis import AttentionConfig, OverfittingConf
 from megatron_plasticity.config.base import Section
 from megatron_plasticity.config.deepspeed import accumulation_steps
 from megatron_plasticity.config.evaluation import EvaluateConfig
-from megatron_plasticity.config.hashing import config_hash
-from megatron_plasticity.config.interchange import ImportConfig
+from megatron_plasticity.config.hashing import canonical, config_hash
+from megatron_plasticity.config.interchange import ImportConfig, ImportedBase
 from megatron_plasticity.config.load import check_config, merge, set_at
 from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.config.study import StudyConfig
@@ -85,6 +85,11 @@ def check_study(config: StudyConfig) -> list[PretrainConfig]:
         problems.append(
             "evaluate.template differs from finetune.template: the models would be asked in a form they were not taught"
         )
+    for axis in config.axes:
+        if axis == "data" or axis.startswith(("data.folder", "data.blend")):
+            problems.append(
+                f"axes: {axis}: a study is of one text, since its hash is in the name of every run; make a study of each"
+            )
     points = [] if config.bases else _points(config)
     bases: list[PretrainConfig] = []
     for check in (
@@ -115,6 +120,7 @@ def _problems_of_bases(config: StudyConfig) -> Iterator[str]:
                 accumulation_steps(recipe.batch, recipe.parallel.data_parallel_size(config.resources.processes_per_run))
             except UserError as error:
                 yield from _lines_of(error)
+    yield from _differing_recipes(config)
     places = [(base.group, base.weight_decay) for base in config.bases if base.weight_decay is not None]
     for group, weight_decay in sorted({place for place in places if places.count(place) > 1}):
         yield f"bases: two models of group {group!r} have λ = {weight_decay:g}; give what differs otherwise another `group`"
@@ -127,9 +133,37 @@ def _problems_of_bases(config: StudyConfig) -> Iterator[str]:
         )
 
 
+def _differing_recipes(config: StudyConfig) -> Iterator[str]:
+    """Models of a group are compared for λ only, so what fine-tuning does to them must be the same."""
+    for first, other in _pairs_of_groups(config):
+        try:
+            recipes = [canonical(_finetune_recipe(config, base.finetune)) for base in (first, other)] if config.finetune else []
+        except UserError:
+            continue  # named already
+        if recipes and recipes[0] != recipes[1]:
+            yield f"bases: {_both(first, other)} differ in `finetune`; give one of them another `group`"
+
+
+def _pairs_of_groups(config: StudyConfig) -> Iterator[tuple[ImportedBase, ImportedBase]]:
+    """Each group's first base with each of its others."""
+    first: dict[str, ImportedBase] = {}
+    for base in config.bases:
+        if (known := first.setdefault(base.group, base)) is not base:
+            yield known, base
+
+
+def _both(first: ImportedBase, other: ImportedBase) -> str:
+    return f"{first.name} and {other.name} of group {first.group!r} are compared for λ only, but"
+
+
 def check_sources(config: StudyConfig, models: Mapping[str, ModelConfig]) -> None:
-    """Whether the study's fine-tuning works with the architectures of its imported bases, by name. Raises ConfigError if not."""
+    """Whether the study's fine-tuning works with the architectures of its imported bases, by name, and whether these are the same
+    within a group. Raises ConfigError if not."""
     problems: list[str] = []
+    for first, other in _pairs_of_groups(config):
+        one, two = models[first.name].model_dump(), models[other.name].model_dump()
+        if differing := [key for key in one if one[key] != two[key]]:
+            problems.append(f"bases: {_both(first, other)} differ in {', '.join(differing)}; give one of them another `group`")
     for base in config.bases:
         if config.finetune is None:
             continue

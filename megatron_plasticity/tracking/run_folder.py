@@ -205,6 +205,10 @@ class RunFolder:
         if not self.is_done:
             self._write(replace(self.state, status="interrupted" if stopped else "failed", finished=time.time(), error=text))
 
+    def revoke(self, error: BaseException | str) -> None:
+        """A run that was done has turned out to be wrong: it counts as failed, and what reads it refuses it. Hold the lock."""
+        self._write(replace(self.state, status="failed", error=error if isinstance(error, str) else _describe(error)))
+
     def update_progress(self, done: float, total: float, unit: str, **info: float | str) -> None:
         """A sign of life with the progress, written at most once a second (and when `done` reaches `total`).
 

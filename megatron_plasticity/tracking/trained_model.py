@@ -71,11 +71,17 @@ ModelReading = EvaluateConfig | HarnessConfig | ProbesConfig | AttentionConfig |
 
 
 def run_on_model(
-    kind: str, config: ModelReading, work: Callable[[TrainedModel, RunFolder, Progress], Mapping[str, Any]], progress: Progress
+    kind: str,
+    config: ModelReading,
+    work: Callable[[TrainedModel, RunFolder, Progress], Mapping[str, Any]],
+    progress: Progress,
+    inputs: Mapping[str, str] | None = None,
 ) -> RunFolder:
-    """Do `work` on the model at `config.run` in its own run folder, unless done before; its result becomes results.json."""
+    """Do `work` on the model at `config.run` in its own run folder, unless done before; its result becomes results.json.
+
+    `inputs` are hashes of what it reads beside the model."""
     trained = TrainedModel.open(config.run)
-    folder = RunFolder.create(config.output, kind, config.name, config, {"model": trained.identity})
+    folder = RunFolder.create(config.output, kind, config.name, config, {"model": trained.identity, **(inputs or {})})
     if not folder.is_done:
         with folder.running():
             folder.mark_done(work(trained, folder, Both(progress, FolderProgress(folder))))

@@ -69,13 +69,24 @@ def test_each_corpus_has_epochs_of_its_own() -> None:
     assert {order.epoch(sample) for sample in range(900, 1000)} == {0, 9}
 
 
-def test_samples_before_the_first_repeat() -> None:
+def test_what_is_read_for_the_first_time() -> None:
+    """Also after the small corpora have begun again: 50 blocks at one half, 30 at three tenths, both at sample 100."""
     order = BlendOrder(CORPORA, seed=42)
-    fresh = order.samples_before_repeat
-    assert len(set(order.blocks(0, fresh).tolist())) == fresh
-    assert len(set(order.blocks(0, fresh + 2).tolist())) < fresh + 2
-    assert abs(fresh - 100) <= 3  # 50 blocks at one half, 30 at three tenths
-    assert BlendOrder([(1, 0.5), (10**9, 0.5)], 1).samples_before_repeat == 3
+    blocks = order.blocks(0, 6000).tolist()
+    first = [sample for sample in range(6000) if blocks[sample] not in blocks[:sample]]
+    assert len(first) == 1080
+    assert [order.first_reading(number) for number in range(1080)] == first
+    assert [order.distinct(samples) for samples in (0, 1, 100, 300, 6000)] == [
+        len(set(blocks[:samples])) for samples in (0, 1, 100, 300, 6000)
+    ]
+    with pytest.raises(ValueError, match="below 1080"):
+        order.first_reading(1080)
+
+
+def test_a_share_that_would_vanish_is_refused() -> None:
+    for weights in ((1e-9, 0.5), (0.5, 0.3, 1e-9)):
+        with pytest.raises(UserError, match="one is too small"):
+            BlendOrder([(10, weight) for weight in weights], 1)
 
 
 def test_large_corpora_take_no_memory() -> None:
@@ -91,12 +102,19 @@ def test_a_ledger_of_a_blend(tmp_path: Path) -> None:
     long = replace(ledger, consumed_samples=5000)
     drawn = draw_consumed_blocks(long, ledger.store_sha256, 40, seed=1)
     assert len(set(drawn.tolist())) == 40
+    # All that was read, not only what came before the scarcest corpus began again.
+    read = set(BlendOrder(CORPORA, 42).blocks(0, 5000).tolist())
+    assert long.distinct_blocks == len(read)
+    assert set(consumed_blocks(long, ledger.store_sha256).tolist()) == read
+    deciles = [consumed_blocks(long, ledger.store_sha256, decile) for decile in range(10)]
+    assert np.array_equal(np.concatenate(deciles), consumed_blocks(long, ledger.store_sha256))
+    assert set(draw_consumed_blocks(long, ledger.store_sha256, 10**6, seed=1).tolist()) == read
     (tmp_path / "ledger.json").write_text((tmp_path / "ledger.json").read_text().replace("0.5", '"x"'))
     with pytest.raises(UserError, match="blend must be a list of pairs"):
         read_ledger(tmp_path)
 
 
-def prepared(folder: Path, first: int, count: int, tokenizer: str = "t") -> Path:
+def prepared(folder: Path, first: int, count: int, tokenizer: str = "t", held_out: float = 0.1) -> Path:
     """A corpus whose tokens count up from `first`, with a manifest of its own."""
     for split in ("train", "held_out"):
         with TokenStoreWriter(folder / split, 60_000) as writer:
@@ -105,6 +123,7 @@ def prepared(folder: Path, first: int, count: int, tokenizer: str = "t") -> Path
 
     files = {path.name: {"bytes": path.stat().st_size, "sha256": str(first)} for path in folder.iterdir()}
     manifest = {"format": 1, "sha256": _content_hash(files), "files": files, "tokenizer": {"sha256": tokenizer}}
+    manifest["config"] = {"held_out_fraction": held_out}
     write_json_atomic(folder / "manifest.json", manifest)
     return folder
 
@@ -150,6 +169,10 @@ def test_corpora_that_cannot_be_blended(tmp_path: Path) -> None:
     prepared(tmp_path / "other", 200, 100, tokenizer="u")
     with pytest.raises(UserError, match="another tokenizer"):
         corpus_hash(data_config(main, other=0.5))
+    prepared(tmp_path / "leaky", 400, 100, held_out=0.01)
+    with pytest.raises(UserError, match=r"leaky has held_out_fraction=0\.01, .*main 0\.1, .*with at least 0\.1"):
+        corpus_hash(data_config(main, leaky=0.5))
+    corpus_hash(data_config(tmp_path / "leaky", main=0.5))
     with pytest.raises(ConfigError, match=r"sum to 1\.2; they must leave a share"):
         data_config(main, other=0.6, more=0.6)
     assert TokenStore(main / "train").tokens == 100

@@ -145,6 +145,97 @@ def test_the_same_bytes_for_any_workers_and_shards(
     assert contents(again) == contents(prepared)
 
 
+def test_a_part_of_a_source_is_the_same_for_any_shards(place: Path, tmp_path: Path) -> None:
+    """Where shards end is seen neither in the training documents nor in the held-out ones."""
+    one_source = {"sources": tree(place, tmp_path)["sources"][:1], "train_tokens": 3_000}
+    shares = {"sources": weighted(place, web=1, code=3), "train_tokens": 6_000}
+    without_total = {"sources": weighted(place, web=1, code=3), "drop_duplicates": True}
+    for number, changes in enumerate((one_source, shares, without_total)):
+        folders = [
+            prepare(corpus(place, tmp_path / f"{number}-{megabytes}", shard_megabytes=megabytes, workers=workers, **changes))
+            for megabytes, workers in ((0.001, 2), (0.03, 1), (100.0, 1))
+        ]
+        hashes = {read_manifest(folder)["sha256"] for folder in folders}
+        assert len(hashes) == 1, changes
+
+
+def workplace_of(config: CorpusConfig, place: Path) -> Path:
+    return build._workplace(config, Tokenizer.load(place / "tokenizer.json").sha256)
+
+
+def test_parts_without_their_list_are_not_used(
+    prepared: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they are left by a command that is killed while it deletes its workplace."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "assemble", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(corpus(place, tmp_path, shard_megabytes=100.0))
+    monkeypatch.undo()
+    (workplace_of(corpus(place, tmp_path), place) / "shards.json").unlink()
+    assert contents(prepare(corpus(place, tmp_path, shard_megabytes=0.001))) == contents(prepared)
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_killed_while_clearing_up(
+    prepared: Path, place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, moved: bool
+) -> None:
+    def killed(workplace: Path) -> None:
+        if moved:
+            workplace.rename(build._trash(workplace))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "_discard", killed)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(corpus(place, tmp_path))
+    monkeypatch.undo()
+    assert len(list(tmp_path.iterdir())) == 2
+    again = prepare(corpus(place, tmp_path))
+    assert contents(again) == contents(prepared)
+    assert {path.name for path in tmp_path.iterdir()} == {again.name, "mixed"}
+
+
+def test_the_parts_of_another_corpus_are_left_to_it(place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(corpus(place, tmp_path))
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(build, "assemble", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(corpus(place, tmp_path, drop_duplicates=True))  # has the same parts
+    prepare(corpus(place, tmp_path))
+    assert parts_in(tmp_path)
+
+
+def test_a_corpus_whose_sources_have_changed_since(place: Path, tmp_path: Path) -> None:
+    path, tokenizer = tmp_path / "a0.jsonl", tmp_path / "tokenizer.json"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts("a", 200)))
+    tokenizer.write_bytes((place / "tokenizer.json").read_bytes())
+    changes = {
+        "sources": [{"name": "a", "files": [f"{tmp_path}/a*.jsonl"]}],
+        "tokenizer": {"load": str(tokenizer), "vocab_size": 300},
+    }
+    config = corpus(place, tmp_path / "data", **changes)
+    folder = prepare(config)
+    assert prepare(config) == folder
+    (tmp_path / "a1.jsonl").write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match=r"made before .*a1\.jsonl changed or appeared\. Delete the folder"):
+        prepare(config)
+    (tmp_path / "a1.jsonl").unlink()
+    os.utime(path, ns=(0, 0))
+    with pytest.raises(UserError, match=r"made before .*a0\.jsonl changed.* delete .*read-from\.json"):
+        prepare(config)
+    path.unlink()
+    assert prepare(config) == folder, "what is gone is not needed"
+    train_byte_bpe(texts("other", 200), 300).save(tokenizer)
+    with pytest.raises(UserError, match=r"made before the tokenizer .*tokenizer\.json changed"):
+        prepare(config)
+
+
 def start(config: Path) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "megatron_plasticity", "data", "prepare", str(config)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
@@ -270,7 +361,7 @@ def test_files_that_change_on_the_way(place: Path, tmp_path: Path, monkeypatch: 
 
 def test_two_at_a_time(place: Path, tmp_path: Path) -> None:
     config = corpus(place, tmp_path)
-    workplace = build._workplace(config, Tokenizer.load(place / "tokenizer.json"))
+    workplace = workplace_of(config, place)
     with build._held(workplace), pytest.raises(UserError, match="another process is preparing this corpus"):
         prepare(config)
 

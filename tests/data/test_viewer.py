@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +14,7 @@ import torch
 from megatron_plasticity.cli import main
 from megatron_plasticity.config.training import PretrainConfig
 from megatron_plasticity.data.ledger import read_ledger
+from megatron_plasticity.data.manifest import _content_hash
 from megatron_plasticity.data.prepare import read_manifest
 from megatron_plasticity.data.stream import corpus_hash, sample_order, training_blocks
 from megatron_plasticity.data.token_store import TokenStore, TokenStoreWriter
@@ -110,6 +113,29 @@ def test_the_command(pretrain_config: MakeConfig, tiny_corpus: Path, capsys: pyt
         code, _, err = run(capsys, "data", "show", *arguments)
         assert code == 2
         assert message in err
+
+
+def test_a_link_that_leads_to_another_corpus_by_now(
+    pretrain_config: MakeConfig, tiny_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    link, other = tmp_path / "link", tmp_path / "other"
+    link.symlink_to(tiny_corpus)
+    config = pretrain_config({"data": {"folder": str(link)}})
+    folder = pretrain_folder(config).path
+    code, _, err = run(capsys, "data", "show", folder, "--step", 1)
+    assert code == 0, err
+    shutil.copytree(tiny_corpus, other)
+    manifest = json.loads((other / "manifest.json").read_text())
+    manifest["files"]["train.bin"]["sha256"] = "0" * 64
+    manifest["sha256"] = _content_hash(manifest["files"])
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    link.unlink()
+    link.symlink_to(other)
+    code, _, err = run(capsys, "data", "show", folder, "--step", 1)
+    assert code == 2
+    old, new = read_manifest(tiny_corpus)["sha256"][:12], manifest["sha256"][:12]
+    assert f"read the corpus {old}" in err
+    assert f"now holds {new}" in err
 
 
 def test_a_run_on_a_blend(pretrain_config: MakeConfig, tiny_corpus: Path) -> None:

@@ -153,6 +153,50 @@ def test_every_answer_is_that_of_the_export(model: RunFolder, tmp_path: Path) ->
     assert not any("e" in answer for answer in answers[:2])
 
 
+def test_settings_of_generation_are_honoured_or_refused() -> None:
+    from lm_eval.api.instance import Instance
+
+    from megatron_plasticity.evaluation.lm_eval import _by_settings
+
+    def settings(**asked: Any) -> tuple[int, float, tuple[str, ...]]:
+        request = Instance(request_type="generate_until", doc={}, arguments=("", asked), idx=0)
+        ((found, _),) = _by_settings([request]).items()
+        return found
+
+    assert settings() == (256, 0.0, ())
+    assert settings(until="a", max_tokens=7, do_sample=False, temperature=0.5) == (7, 0.0, ("a",))
+    assert settings(temperature=0.5) == (256, 0.5, ())
+    assert settings(top_p=0.9, top_k=5, repetition_penalty=1.0, num_beams=1) == settings()
+    for refused in (
+        {"repetition_penalty": 1.2},
+        {"num_beams": 4},
+        {"do_sample": True, "top_p": 0.9},
+        {"temperature": 0.7, "top_k": 50},
+        {"surprise": 1},
+    ):
+        with pytest.raises(UserError, match=f"{list(refused)[-1]}=.* is not supported"):
+            settings(**refused)
+
+
+def test_the_content_of_own_tasks_names_the_run(tmp_path: Path) -> None:
+    from megatron_plasticity.evaluation.lm_eval import harness_inputs
+
+    own = tmp_path / "tasks"
+    config = HarnessConfig(name="local", run=tmp_path, tasks=("t",), task_folder=own)
+    with pytest.raises(UserError, match="is no folder"):
+        harness_inputs(config)
+    own.mkdir()
+    (own / "t.yaml").write_text("task: t")
+    before = harness_inputs(config)
+    assert before.keys() == {"lm_eval", "task_folder"}
+    (own / "__pycache__").mkdir()
+    (own / "__pycache__/t.pyc").write_text("")
+    assert harness_inputs(config) == before
+    (own / "t.yaml").write_text("task: t\nnum_fewshot: 5")
+    assert harness_inputs(config) != before
+    assert harness_inputs(config.model_copy(update={"task_folder": None})).keys() == {"lm_eval"}
+
+
 def test_an_unknown_task_names_the_nearest(model: RunFolder, task_folder: Path, tmp_path: Path) -> None:
     config = HarnessConfig(name="local", output=tmp_path, run=model.path, tasks=("local_clozes",), task_folder=task_folder)
     with pytest.raises(UserError, match="did you mean local_cloze"):

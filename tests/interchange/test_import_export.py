@@ -164,6 +164,40 @@ def test_labels_can_be_corrected_and_a_skipped_check_made_up_for(tmp_path: Path,
     assert config.weight_decay == 0.1
 
 
+def test_a_skipped_check_that_fails_later_takes_the_weights_away(
+    tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    right = importing.imported_tensors
+
+    def wrong(source: Any, progress: Any) -> Any:
+        tensors = dict(right(source, progress))
+        return iter(corrupted(tensors, {name: name for name in tensors}, "swapped gate").items())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(importing, "imported_tensors", wrong)
+        run = imported(llama, tmp_path / "runs", parity=False)
+    with pytest.raises(UserError, match="do not agree"):
+        imported(llama, tmp_path / "runs")
+    assert run.state.status == "failed"
+    assert "do not agree" in (run.state.error or "")
+    assert list(run.path.rglob("*.safetensors")) == []
+    with pytest.raises(UserError):
+        TrainedModel.open(run.path)
+    assert imported(llama, tmp_path / "runs").results["parity"]["passed"], "it may be imported again"
+
+
+def test_a_number_that_is_not_finite_is_refused_without_a_parity_check(tmp_path: Path, llama: Path) -> None:
+    from safetensors.torch import save_file
+
+    source = copy(llama, tmp_path / "source")
+    tensors = stored_tensors(source)
+    tensors["model.norm.weight"][3] = torch.nan
+    save_file(tensors, source / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"model\.norm\.weight holds numbers that are not finite"):
+        imported(source, tmp_path / "runs", parity=False)
+    assert not list((tmp_path / "runs").rglob("*.safetensors"))
+
+
 def test_the_content_of_the_source_and_the_tokenizer_name_the_run(tmp_path: Path, llama: Path) -> None:
     run = imported(llama, tmp_path / "runs", parity=False)
     moved = copy(llama, tmp_path / "moved")
@@ -331,6 +365,8 @@ def test_files_that_are_missing_or_damaged_are_named(tmp_path: Path, llama: Path
     fails(weightless, "are missing: model-1.safetensors")
     (weightless / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../../secret.safetensors"}}')
     fails(weightless, "outside its folder")
+    (weightless / "model.safetensors.index.json").write_text('{"weight_map": {"a": 1}}')
+    fails(weightless, "cannot be read as an index of shards")
     untold = copy(llama, tmp_path / "untold")
     (untold / "tokenizer.json").unlink()
     fails(untold, "has no tokenizer.json. Set `tokenizer`")
@@ -362,6 +398,27 @@ def test_quantised_tensors_are_refused_though_the_config_is_silent(tmp_path: Pat
     save_file(tensors, source / "model.safetensors")
     with pytest.raises(UserError, match=r"model.norm.weight is stored as I8"):
         imported(source, tmp_path / "runs")
+
+
+def test_the_end_of_text_is_that_of_pretraining(tmp_path: Path, llama: Path) -> None:
+    def found(name: str, ids: Any, generation: Any = None) -> int:
+        source = copy(llama, tmp_path / name)
+        change_config(source, eos_token_id=ids)
+        (source / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+        return find_source(ImportConfig(name="m", source=str(source))).tokenizer.end_of_text
+
+    assert {found("one", 2), found("several", [5, 2]), found("beside", None, 2), found("silent", None)} == {2}
+    for name, stated in {"other": (5,), "others": ([5, 6],), "other beside": (None, 5)}.items():
+        with pytest.raises(UserError, match=r"eos_token_id is .*5.*end-of-text token has id 2"):
+            found(name, *stated)
+
+
+def test_what_transformers_cannot_load_is_one_message(tmp_path: Path, llama: Path) -> None:
+    run = imported(llama, tmp_path / "runs", parity=False)
+    source = copy(llama, tmp_path / "source")
+    change_config(source, num_hidden_layers="two")
+    with pytest.raises(UserError, match="source: transformers cannot load it"):
+        check_parity(TrainedModel.open(run.path).checkpoint, source)
 
 
 def test_a_tokenizer_with_more_ids_than_rows_is_refused(tmp_path: Path) -> None:

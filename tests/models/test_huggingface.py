@@ -133,12 +133,33 @@ def test_rotary_tables_of_old_llama_files_are_passed_over(make_config, make_mode
         ({"mlp_bias": True}, "mlp_bias=True"),
         ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "RoPE scaling"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 5e5}}, "RoPE scaling"),
+        ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_scaling={"),
+        ({"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_type": "llama3"}}, "rope_parameters={"),
+        ({"rope_parameters": {"full_attention": {"rope_type": "default"}}}, "differs between layers, rope_parameters="),
+        ({"rope_parameters": "default"}, "rope_parameters='default' is no mapping"),
         ({"head_dim": 10}, r"query_heads \* head_dim = 4 \* 10 = 40 must equal hidden_size=32"),
     ],
 )
 def test_a_model_of_another_kind_is_refused(make_config, change: dict, message: str) -> None:
     with pytest.raises(UserError, match=message):
         model_config_from_huggingface(huggingface_config(make_config()) | change)
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}, "rope_scaling": None},
+        {"rope_scaling": {"rope_type": "default", "rope_theta": 5e5}},
+        {"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_theta": 5e5}},
+    ],
+)
+def test_rope_theta_is_the_one_that_transformers_takes(make_config, stated: dict) -> None:
+    from transformers import AutoConfig
+
+    values = huggingface_config(make_config(rope_theta=12_345.0)) | stated
+    taken = AutoConfig.for_model(**json.loads(json.dumps(values))).rope_parameters["rope_theta"]
+    assert model_config_from_huggingface(values).rope_theta == taken
 
 
 def test_a_missing_key_is_named(make_config) -> None:

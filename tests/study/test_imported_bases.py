@@ -16,11 +16,12 @@ from megatron_plasticity.config.load import check_config, load_config, merge
 from megatron_plasticity.config.study import StudyConfig
 from megatron_plasticity.config.training import FinetuneConfig
 from megatron_plasticity.errors import ConfigError
-from megatron_plasticity.study.plan import check_study, plan_study
+from megatron_plasticity.models.huggingface import model_config_from_huggingface
+from megatron_plasticity.study.plan import check_sources, check_study, plan_study
 from megatron_plasticity.study.report import write_report
 from megatron_plasticity.study.results import collect
 from megatron_plasticity.study.runner import run_study
-from tests.interchange.folders import write_model
+from tests.interchange.folders import SHAPE, write_model
 from tests.study.small import small_study, small_tree
 
 INPUTS = {"source": "s", "tokenizer": "t"}
@@ -76,7 +77,7 @@ def test_a_corrected_label_leaves_the_runs_alone(tmp_path: Path) -> None:
 
 def test_a_base_may_be_fine_tuned_in_its_own_way(tmp_path: Path) -> None:
     first, second = tree(tmp_path)["bases"]
-    bases = [first | {"finetune": {"optimizer": {"learning_rate": 0.25}}}, second]
+    bases = [first | {"finetune": {"optimizer": {"learning_rate": 0.25}}, "group": "a"}, second | {"group": "b"}]
     plan = plan_study(study(tmp_path, {"bases": bases}), sources={"a": INPUTS, "b": INPUTS})
     rates = [cell.config.optimizer.learning_rate for cell in plan.cells if isinstance(cell.config, FinetuneConfig)]
     assert rates == [0.25, 0.001]
@@ -105,6 +106,15 @@ def test_groups_are_compared_apart(tmp_path: Path) -> None:
             r"two models of group '' have λ = 1; give what differs otherwise another `group`",
         ),
         ({"bases": [{"name": "a", "source": "x", "weight_decay": 1, "finetune": {"epoch": 2}}]}, r"epoch: unknown key"),
+        (
+            {
+                "bases": [
+                    {"name": "a", "source": "x", "weight_decay": 1, "group": "g"},
+                    {"name": "b", "source": "x", "weight_decay": 0, "group": "g", "finetune": {"epochs": 7}},
+                ]
+            },
+            r"a and b of group 'g' are compared for λ only, but differ in `finetune`",
+        ),
         ({"analyses": {"overfitting": {}}}, r"analyses\.overfitting: the gap is over the data of pretraining"),
         ({"analyses": {"attention": {"map_sequences": 4}}}, r"map_sequences: .* set it to 0"),
         ({"evaluate": None}, r"`finetune` and `evaluate` must be there"),
@@ -121,6 +131,17 @@ def test_a_source_that_does_not_fit_is_refused_before_anything_runs(tmp_path: Pa
     with pytest.raises(ConfigError, match=r"finetune\.max_length=161 exceeds the context length of a, 160"):
         run_study(study(tmp_path, {"finetune": {"max_length": 161}}))
     assert not list((tmp_path / "runs/small").glob("import-*"))
+
+
+def test_models_of_one_group_have_one_architecture(tmp_path: Path) -> None:
+    values = {**SHAPE, "model_type": "llama", "rms_norm_eps": 1e-5, "max_position_embeddings": 512}
+    models = {
+        name: model_config_from_huggingface(values | {"model_type": kind}) for name, kind in (("a", "llama"), ("b", "olmo2"))
+    }
+    with pytest.raises(ConfigError, match=r"a and b of group '' are compared for λ only, but differ in family"):
+        check_sources(study(tmp_path), models)
+    apart = [base | {"group": base["name"]} for base in tree(tmp_path)["bases"]]
+    check_sources(study(tmp_path, {"bases": apart}), models)
 
 
 def test_the_hash_of_a_study_with_a_grid_is_what_it_was(tmp_path: Path) -> None:
@@ -155,17 +176,20 @@ def test_from_hugging_face_folders_to_a_report(tmp_path: Path) -> None:
     write_model(tmp_path / "a", seed=0)
     write_model(tmp_path / "b", "olmo2", seed=1)
     path = tmp_path / "study.yaml"
-    path.write_text(yaml.safe_dump(tree(tmp_path)))
+    # Two architectures, so two groups.
+    changes = {"bases": [base | {"group": base["name"]} for base in tree(tmp_path)["bases"]]}
+    path.write_text(yaml.safe_dump(tree(tmp_path, changes)))
     config = load_config(StudyConfig, path)
     outcome = run_study(config)
     assert (outcome.failed, outcome.not_started, len(outcome.done)) == ({}, (), 12)
 
     results = collect(outcome.folder)
     assert results.weight_decays == (0.0, 1.0)
-    ((group),) = results.groups
-    assert [sorted(model.finetuned_scores) for model in group.models] == [["arithmetic"], ["arithmetic"]]
-    assert all(model.probes and model.attention for model in group.models)
-    assert all(model.pretrain.results["parity"]["passed"] for model in group.models)
+    models = [model for group in results.groups for model in group.models]
+    assert len(results.groups) == 2
+    assert [sorted(model.finetuned_scores) for model in models] == [["arithmetic"], ["arithmetic"]]
+    assert all(model.probes and model.attention for model in models)
+    assert all(model.pretrain.results["parity"]["passed"] for model in models)
 
     page = write_report(outcome.folder).read_text()
     assert "<svg" in page

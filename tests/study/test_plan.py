@@ -116,6 +116,8 @@ def test_the_config_is_not_changed_by_planning(tmp_path: Path) -> None:
         ({"base": {"batch": {"micro_batch_size": 4}}}, r"micro_batch_size=4 must divide global_batch_size=2"),
         ({"base": {"stepps": 3}}, r"stepps: unknown key; did you mean 'steps'"),
         ({"axes": {"optimizer.wieght_decay": [1]}}, r"optimizer\.wieght_decay: unknown key; did you mean 'weight_decay'"),
+        ({"axes": {"data.folder": ["a", "b"]}}, r"axes: data\.folder: a study is of one text"),
+        ({"axes": {"data.blend": [[], [{"folder": "a", "weight": 0.1}]]}}, r"axes: data\.blend: a study is of one text"),
         ({"resources": {"processes_per_run": 3}}, r"cannot be split over 3 data-parallel ranks"),
         ({"finetune": None}, r"`finetune` and `evaluate` must be there"),
         ({"finetune": {"max_length": 1000}}, r"finetune\.max_length=1000 exceeds base\.model\.context_length=160"),

@@ -21,6 +21,7 @@ from megatron_plasticity.study.report.figures.outcomes import average_ranks
 from megatron_plasticity.study.report.findings import find
 from megatron_plasticity.study.report.limits import limits
 from megatron_plasticity.study.report.loss_tables import model_table
+from megatron_plasticity.study.report.page import render_page
 from megatron_plasticity.study.report.tables import score_table
 from megatron_plasticity.study.results import collect
 from tests.study.fabricate import TASKS, Fabrication, fabricate
@@ -364,6 +365,18 @@ def test_limits_name_the_sources_and_what_was_not_probed(tmp_path: Path) -> None
     assert "Probes and spectra were taken of the base models" in said
     own = " ".join(limits(replace(collect(study), config={"corpus": {"python_text": None}})))
     assert "The held-out documents come from the same sources" in own
+    found = collect(study)
+    small, *others, untold = [cell for cell in found.cells if cell.kind == "pretrain"]
+    changed = {
+        small.id: replace(small, results={**small.results, "parameters": {"total": 700_000}}),
+        untold.id: replace(untold, results={**untold.results, "tokens": None}),
+    }
+    mixed = replace(found, cells=tuple(changed.get(cell.id, cell) for cell in found.cells))
+    scale = next(text for text in limits(mixed) if text.startswith("Scale"))
+    which = f"The {len(others) + 1} of {len(others) + 2} base models whose tokens are known"
+    assert f"{which} have 700 thousand to 1.4 million parameters" in scale
+    assert "saw 3.28 million tokens, 2.3 to 4.7 tokens per parameter" in scale
+    assert "0.7 to 1.4 million parameters" in render_page(mixed, [find(g, mixed.tasks, mixed.config) for g in mixed.groups])
     bare = fabricate(tmp_path / "bare", Fabrication(tasks=(), analyses=()))
     assert "Base models only" not in " ".join(limits(collect(bare)))
 

@@ -27,14 +27,20 @@ def limits(results: StudyResults) -> list[str]:
 
 def _scale(results: StudyResults) -> str:
     done = [cell.results for cell in results.cells if cell.kind in BASE_KINDS and cell.results]
-    sizes = [size for r in done if (size := number((r.get("parameters") or {}).get("total")))]
-    tokens = [count for r in done if (count := number(r.get("tokens")))]
-    if not sizes or not tokens:
+    known = [
+        (size, count)
+        for r in done
+        if (size := number((r.get("parameters") or {}).get("total"))) and (count := number(r.get("tokens")))
+    ]
+    if not known:
         return ""
-    ratios = [count / size for count, size in zip(tokens, sizes, strict=False)]
+    sizes, tokens = [size for size, _ in known], [count for _, count in known]
+    ratios = [count / size for size, count in known]
+    which = "The" if len(known) == len(done) else f"The {len(known)} of {len(done)}"
+    whose = "" if len(known) == len(done) else " whose tokens are known"
     return (
-        f"Scale. The base models have {_range(sizes)} parameters and saw {_range(tokens)} tokens, {_range(ratios)} tokens per "
-        "parameter. The paper's models "
+        f"Scale. {which} base models{whose} have {_range(sizes)} parameters and saw {_range(tokens)} tokens, "
+        f"{_range(ratios)} tokens per parameter. The paper's models "
         "have 0.5 to 4 billion parameters and 20 or 140 tokens per parameter. A λ found here does not carry over as a number; "
         "the AdamW timescale is the "
         "quantity to carry over, and that it does is a conjecture to test."

@@ -153,14 +153,19 @@ def _facts(results: StudyResults) -> str:
     """One line on the size of the study, of what is known."""
     done = [cell.results for cell in results.cells if cell.kind in BASE_KINDS and cell.results]
     facts = [f"{len(results.weight_decays)} values of λ", f"{len(results.tasks)} tasks", f"{len(results.cells)} runs"]
-    if done and (size := number((done[0].get("parameters") or {}).get("total"))):
-        facts.append(f"{size / 1e6:.3g} million parameters")
-    if done and (tokens := number(done[0].get("tokens"))):
-        facts.append(f"{tokens / 1e6:.3g} million training tokens")
+    sizes = [size for r in done if (size := number((r.get("parameters") or {}).get("total")))]
+    tokens = [count for r in done if (count := number(r.get("tokens")))]
+    known = {"parameters": sizes, "training tokens": tokens}
+    facts += [f"{_millions(values)} million {what}" for what, values in known.items() if values]
     model = (results.config.get("base") or {}).get("model") or {}
     if isinstance(model, Mapping) and model.get("family"):
         facts.insert(0, f"{model['family']}")
     return " · ".join(facts)
+
+
+def _millions(values: list[float]) -> str:
+    low, high = (f"{value / 1e6:.3g}" for value in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
 
 
 def _yaml(value: Any) -> str:
