@@ -155,8 +155,7 @@ def process_grid(device: torch.device, parallel: ParallelConfig | None = None) -
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device)
 
-    os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, launcher or not
-    with tempfile.TemporaryDirectory(prefix="megatron-plasticity-") as folder:
+    with _local_rank(), tempfile.TemporaryDirectory(prefix="megatron-plasticity-") as folder:
         deepspeed.comm.init_distributed(
             dist_backend="gloo" if device.type == "cpu" else "nccl",
             auto_mpi_discovery=False,
@@ -169,6 +168,19 @@ def process_grid(device: torch.device, parallel: ParallelConfig | None = None) -
         finally:
             # Through DeepSpeed, which otherwise believes that it is still initialised when the next run of this process starts.
             deepspeed.comm.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _local_rank() -> Iterator[None]:
+    """DeepSpeed insists on LOCAL_RANK, launcher or not. Others take it for the sign of a launcher, so it does not stay."""
+    if "LOCAL_RANK" in os.environ:
+        yield
+        return
+    os.environ["LOCAL_RANK"] = "0"
+    try:
+        yield
+    finally:
+        os.environ.pop("LOCAL_RANK", None)
 
 
 def _grid(device: torch.device, parallel: ParallelConfig, data_size: int) -> ProcessGrid:

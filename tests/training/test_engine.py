@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -183,6 +184,13 @@ def test_no_shared_memory_op_is_built_on_a_cpu() -> None:
         assert sys.modules["deepspeed.comm.torch"].build_shm_op() is None  # type: ignore[attr-defined]
         after = set(shared_memory.iterdir()) if shared_memory.is_dir() else set()
     assert not {path.name for path in after - before if "deepspeed" in path.name.lower()}
+
+
+def test_the_grid_leaves_no_sign_of_a_launcher_behind() -> None:
+    """accelerate, for one, would look for the rest of it."""
+    with process_grid(torch.device("cpu")):
+        assert os.environ["LOCAL_RANK"] == "0"
+    assert "LOCAL_RANK" not in os.environ
 
 
 def test_a_wrong_decay_group_would_be_seen() -> None:
