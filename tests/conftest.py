@@ -20,7 +20,7 @@ from megatron_plasticity.config.data import CorpusConfig, PythonTextConfig, Reas
 for variable in [name for name in os.environ if name.startswith("MLFLOW_TRACKING")]:
     del os.environ[variable]
 
-pytest_plugins = ["tests.training_configs"]
+pytest_plugins = ["tests.commands", "tests.training_configs"]
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

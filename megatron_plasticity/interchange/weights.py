@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_plasticity.errors import UserError
+from megatron_plasticity.models.checkpoint import open_safetensors
 
 SAFETENSORS = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
@@ -74,7 +74,7 @@ class HuggingFaceWeights(Mapping[str, Tensor]):
         file = self._files[name]
         if file.suffix == ".bin":
             return self._unpickled(file)[name]
-        with _opened(file) as shard:
+        with open_safetensors(file) as shard:
             return shard.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -88,7 +88,7 @@ class HuggingFaceWeights(Mapping[str, Tensor]):
             for name, tensor in self._unpickled(file).items():
                 yield name, tuple(tensor.shape), tensor.dtype
             return
-        with _opened(file) as shard:
+        with open_safetensors(file) as shard:
             for name in shard.keys():  # noqa: SIM118  (not a dict)
                 head = shard.get_slice(name)
                 yield name, tuple(head.get_shape()), _NAMES_IN_SAFETENSORS.get(head.get_dtype(), head.get_dtype())
@@ -109,13 +109,6 @@ def _load_pickle(file: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"{file}: expected a mapping from names to tensors")
     return state
-
-
-def _opened(file: Path) -> Any:
-    try:
-        return safe_open(file, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a readable safetensors file: {error}") from None
 
 
 def _text(dtype: Any) -> str:

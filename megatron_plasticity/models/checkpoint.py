@@ -57,7 +57,7 @@ class CheckpointFolder:
         files: dict[str, Path] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for file in sorted(self.path.glob(f"{group}-*.safetensors")):
-            with _opened(file) as shard:
+            with open_safetensors(file) as shard:
                 for name in shard.keys():  # noqa: SIM118  (not a dict)
                     files[name], shapes[name] = file, tuple(shard.get_slice(name).get_shape())
         if not files:
@@ -87,7 +87,7 @@ class _StoredTensors(Mapping[str, Tensor]):
         self._files = files
 
     def __getitem__(self, name: str) -> Tensor:
-        with _opened(self._files[name]) as shard:
+        with open_safetensors(self._files[name]) as shard:
             return shard.get_tensor(name)
 
     def __iter__(self) -> Iterator[str]:
@@ -205,7 +205,8 @@ def _read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _opened(file: Path) -> Any:
+def open_safetensors(file: Path) -> Any:
+    """The file, opened for reading tensor by tensor. Raises CheckpointError, which names it."""
     try:
         return safe_open(file, framework="pt")
     except (SafetensorError, OSError) as error:
