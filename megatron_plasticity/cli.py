@@ -25,7 +25,8 @@ class Verb:
     summary: str
     example: str
     takes: str = "config"
-    """`config`: a YAML file and overrides; `source`: the same, or what to import instead; `folder`: a run or study folder."""
+    """`config`: a YAML file and overrides; `config or folder`: the same, or a run folder instead of the file; `source`: the same,
+    or what to import instead; `folder`: a run or study folder; `options`: only what `options` adds."""
     options: Callable[[argparse.ArgumentParser], None] | None = None
     """Adds options of this command's own."""
 
@@ -48,6 +49,37 @@ def _export_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--no-parity", dest="parity", action="store_false", help="do not compare with transformers' model")
 
 
+def _evaluate_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--show", type=int, default=0, metavar="N", help="print the answers to N questions of each test set")
+
+
+def _capture_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step (default: the run's last)")
+
+
+def _tasks_prepare_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("tasks", nargs="+", metavar="TASK", help="name of a task or a suite (see `tasks list`), or a task file")
+    command.add_argument("--from", dest="source", type=Path, metavar="DIR", help="folder with the data (default: the hub)")
+    _tasks_folder_option(command, "--output", "where to write")
+    command.add_argument("--strict", action="store_true", help="make errors of warnings")
+    command.add_argument("--dry-run", action="store_true", help="check the files, say what would be read, and stop")
+
+
+def _tasks_list_options(command: argparse.ArgumentParser) -> None:
+    _tasks_folder_option(command, "--folder", "where tasks are prepared")
+
+
+def _tasks_show_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("task", metavar="TASK", help="name of a task that is prepared, or of a procedural one")
+    command.add_argument("--side", choices=("train", "test"), default="test", help="which examples (default: test)")
+    command.add_argument("--number", type=int, default=3, metavar="N", help="how many of each set (default: 3)")
+    _tasks_folder_option(command, "--folder", "where tasks are prepared")
+
+
+def _tasks_folder_option(command: argparse.ArgumentParser, name: str, what: str) -> None:
+    command.add_argument(name, type=Path, default=Path("data/tasks"), metavar="DIR", help=f"{what} (default: data/tasks)")
+
+
 VERBS = (
     Verb(("study", "run"), verbs.study_run, "run everything of a study that is not done yet", "configs/studies/quickstart.yaml"),
     Verb(
@@ -65,6 +97,30 @@ VERBS = (
         "runs/pretrain-NAME-HASH --step 100 --sequences 2",
         "folder",
         _show_options,
+    ),
+    Verb(
+        ("tasks", "prepare"),
+        verbs.tasks_prepare,
+        "make tasks ready: read, check, look for overlap",
+        "gsm8k pubmedqa-labelled --from path/to/data",
+        "options",
+        _tasks_prepare_options,
+    ),
+    Verb(
+        ("tasks", "list"),
+        verbs.tasks_list,
+        "all tasks and suites, their sources, what is ready",
+        "",
+        "options",
+        _tasks_list_options,
+    ),
+    Verb(
+        ("tasks", "show"),
+        verbs.tasks_show,
+        "print examples of a task as a model sees them",
+        "gsm8k --side train --number 3",
+        "options",
+        _tasks_show_options,
     ),
     Verb(
         ("plan",),
@@ -99,9 +155,18 @@ VERBS = (
         ("evaluate",),
         verbs.evaluate,
         "ask a model the test questions of some tasks",
-        "configs/evaluate/debug.yaml run=runs/FOLDER",
+        "configs/evaluate/debug.yaml run=runs/FOLDER --show 20",
+        options=_evaluate_options,
     ),
     Verb(("lm-eval",), verbs.lm_eval, "tasks of lm-evaluation-harness", "configs/evaluate/cloze.yaml run=runs/FOLDER"),
+    Verb(
+        ("capture",),
+        verbs.capture,
+        "dump activations of a model",
+        "configs/analyze/capture.yaml run=runs/FOLDER --step 400",
+        "config or folder",
+        _capture_options,
+    ),
     Verb(
         ("analyze", "probes"), verbs.analyze_probes, "linear probes of every layer", "configs/analyze/probes.yaml run=runs/FOLDER"
     ),
@@ -110,6 +175,12 @@ VERBS = (
         verbs.analyze_attention,
         "spectra of the attention matrices",
         "configs/analyze/attention.yaml run=runs/FOLDER",
+    ),
+    Verb(
+        ("analyze", "truncation"),
+        verbs.analyze_truncation,
+        "loss if every head keeps rank k only",
+        "configs/analyze/truncation.yaml run=runs/FOLDER ranks=[1,4]",
     ),
     Verb(
         ("analyze", "overfitting"),
@@ -125,7 +196,7 @@ VERBS = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 if all went well, 1 if runs of a study failed, 2 for bad input, 128 + signal if interrupted."""
-    parsed = _parser().parse_args(arguments)
+    parsed = _parsed(arguments)
     raise_interrupted_on_sigterm()
     try:
         sys.exit(parsed.run(parsed) or 0)
@@ -141,6 +212,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(0)
 
 
+def _parsed(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The command line; settings may stand after options as well, which argparse by itself does not understand."""
+    parser = _parser()
+    parsed, unknown = parser.parse_known_args(arguments)
+    if hasattr(parsed, "overrides"):
+        parsed.overrides += [argument for argument in unknown if not argument.startswith("-")]
+        unknown = [argument for argument in unknown if argument.startswith("-")]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    return parsed
+
+
 def _complain(message: str) -> None:
     rank = os.environ.get("RANK", "0")
     print(f"error: {message}" if rank == "0" else f"error (rank {rank}): {message}", file=sys.stderr, flush=True)
@@ -153,9 +236,11 @@ def _parser() -> argparse.ArgumentParser:
         description="Which weight decay to pretrain with: studies of language-model plasticity.",
         epilog="commands:\n" + "\n".join(lines) + f"\n\nstart here:\n  {PROGRAM} study run configs/studies/quickstart.yaml\n",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage=f"{PROGRAM} COMMAND …  ({PROGRAM} COMMAND --help for more)",
+        usage=f"{PROGRAM} COMMAND …  ({PROGRAM} COMMAND --help for more; --version)",
+        add_help=False,  # the usage says it, and the list of commands needs the screen
     )
-    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}")
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    parser.add_argument("--version", action="version", version=f"{PROGRAM} {__version__}", help=argparse.SUPPRESS)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     groups: dict[str, argparse._SubParsersAction[argparse.ArgumentParser]] = {}
     top = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, prog=PROGRAM, help=argparse.SUPPRESS)
@@ -174,11 +259,13 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add(parent: argparse._SubParsersAction[argparse.ArgumentParser], verb: Verb) -> None:
+    example = " ".join((PROGRAM, *verb.words, verb.example)).rstrip()
+    reference = "docs/tasks.md" if verb.words[0] == "tasks" else "docs/config.md"
     command = parent.add_parser(
         verb.words[-1],
         help=verb.summary,
         description=verb.summary[0].upper() + verb.summary[1:] + ".",
-        epilog=f"example:\n  {PROGRAM} {' '.join(verb.words)} {verb.example}\n\nEvery setting is described in docs/config.md.",
+        epilog=f"example:\n  {example}\n\nEvery setting is described in {reference}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(run=verb.run)
@@ -187,10 +274,15 @@ def _add(parent: argparse._SubParsersAction[argparse.ArgumentParser], verb: Verb
         if verb.options is not None:
             verb.options(command)
         return
+    if verb.takes == "options":
+        assert verb.options is not None
+        verb.options(command)
+        return
     if verb.takes == "source":
         command.add_argument("source", metavar="SOURCE", help="YAML file, Hugging Face folder, or name on its hub")
     else:
-        command.add_argument("config", type=Path, metavar="CONFIG", help="YAML file")
+        either = ", or run folder to take with the defaults" if verb.takes == "config or folder" else ""
+        command.add_argument("config", type=Path, metavar="CONFIG", help=f"YAML file{either}")
     command.add_argument("overrides", nargs="*", metavar="KEY.PATH=VALUE", help="settings that replace the file's")
     if verb.options is not None:
         verb.options(command)

@@ -68,6 +68,49 @@ def data_show(arguments: Namespace) -> None:
         print(line)
 
 
+def tasks_prepare(arguments: Namespace) -> None:
+    """Prepare tasks, one after the other."""
+    from megatron_plasticity.errors import UserError
+    from megatron_plasticity.evaluation.tasks.catalogue import find_task_files, load_task_file
+    from megatron_plasticity.evaluation.tasks.pages import preparation_page
+    from megatron_plasticity.evaluation.tasks.prepare import find_origins, prepare_task
+
+    tasks = {path: load_task_file(path) for path in find_task_files(arguments.tasks)}
+    if arguments.source is not None and not arguments.source.is_dir():
+        raise UserError(f"--from {arguments.source}: no such folder")
+    origins = {path: find_origins(task, arguments.source, str(path)) for path, task in tasks.items()}
+    for path, task in tasks.items():
+        if arguments.dry_run:
+            print(f"{task.name} would be written to {arguments.output / task.name}-HASH")
+            for where, (_, origin) in origins[path].items():
+                print(f"  {where}: {', '.join(origin.described.get('files', [])) or origin.described['hub']}")
+            continue
+        with _console(task.name) as progress:
+            folder, manifest = prepare_task(task, arguments.source, arguments.output, str(path), arguments.strict, progress)
+        for line in preparation_page(folder, manifest):
+            print(line)
+
+
+def tasks_list(arguments: Namespace) -> None:
+    """Print all tasks and suites."""
+    from megatron_plasticity.evaluation.tasks.pages import list_page
+
+    for line in list_page(arguments.folder):
+        print(line)
+
+
+def tasks_show(arguments: Namespace) -> None:
+    """Print examples of a task."""
+    from megatron_plasticity.config.tasks import TaskConfig
+    from megatron_plasticity.config.training import FinetuneRecipe
+    from megatron_plasticity.evaluation.tasks.pages import examples_page
+
+    config = TaskConfig(name=arguments.task, folder=arguments.folder)
+    template = FinetuneRecipe.model_fields["template"].default
+    for line in examples_page(config, arguments.side, arguments.number, template):
+        print(line)
+
+
 def plan(arguments: Namespace) -> None:
     """Print what a pretraining run needs on some numbers of GPUs, and how to lay it out. Nothing is started."""
     from megatron_plasticity.config.deepspeed import check_engine
@@ -183,14 +226,38 @@ def evaluate(arguments: Namespace) -> None:
     from megatron_plasticity.config.evaluation import EvaluateConfig
 
     folder = _run_job("evaluate", EvaluateConfig, arguments)
-    if folder is None:
+    if folder is None or os.environ.get("RANK", "0") != "0":
         return
     for task, scores in folder.results["tasks"].items():
+        test_sets = scores["test_sets"]
         print(f"{task} ({scores['questions']} questions, chance {scores['chance']:.0%})")
-        for name, metric in scores["metrics"].items():
-            interval = f"  [{metric['low']:.3f}, {metric['high']:.3f}]" if metric.get("low") is not None else ""
-            print(f"  {name:14} {metric['value']:.3f}{interval}")
+        _print_metrics(scores["metrics"])
+        for name, part in test_sets.items():
+            if len(test_sets) > 1:
+                print(f"  {name} ({part['questions']} questions, chance {part['chance']:.0%})")
+                _print_metrics(part["metrics"], "    ")
+            for group, means in part.get("groups", {}).items():
+                print(f"    {group} ({means['questions']:.0f} questions): greedy {means['greedy']:.3f}")
+            if missing := part.get("prompts_too_long"):
+                print(f"    {missing} questions were not asked, since their prompts are too long: they count as wrong")
+            other = part["other_rules"]
+            if other["responses_that_differ"]:
+                print(
+                    f"    by the {'paper' if other['rules'] == 'paper' else 'own'} rules of grading greedy would be "
+                    f"{other['metrics']['greedy']:.3f}: {other['responses_that_differ']} verdicts differ"
+                )
+    if arguments.show:
+        from megatron_plasticity.evaluation.samples import page, read_samples
+
+        for line in page(read_samples(folder.path, arguments.show)):
+            print(line)
     print(folder.path)
+
+
+def _print_metrics(metrics: dict[str, Any], margin: str = "  ") -> None:
+    for name, metric in metrics.items():
+        interval = f"  [{metric['low']:.3f}, {metric['high']:.3f}]" if metric.get("low") is not None else ""
+        print(f"{margin}{name:14} {metric['value']:.3f}{interval}")
 
 
 def lm_eval(arguments: Namespace) -> None:
@@ -203,6 +270,28 @@ def lm_eval(arguments: Namespace) -> None:
     for task, scores in folder.results["tasks"].items():
         for name, score in scores.items():
             print(f"{task:24} {name:14} {score['value']:.4f}" + (f" ± {score['stderr']:.4f}" if "stderr" in score else ""))
+    print(folder.path)
+
+
+def capture(arguments: Namespace) -> None:
+    """Dump activations of a model and print what was kept."""
+    from megatron_plasticity.config.analysis import model_capture_config
+
+    config = model_capture_config(arguments.config, arguments.overrides, arguments.step)
+    if arguments.dry_run:
+        _print_config(config)
+        return
+    from megatron_plasticity.evaluation.capture_job import capture
+
+    with _console(f"capture {config.name}") as progress:
+        folder = capture(config, progress)
+    results = folder.results
+    print(f"step {results['step']}: {results['positions']:,} positions of {results['sequences']:,} sequences")
+    for point, shape in results["shapes"].items():
+        print(f"  {point:22} {' × '.join(map(str, shape))}")
+    for point in results["statistics"]:
+        print(f"  {point:22} statistics")
+    print(f"{results['bytes'] / 2**20:,.1f} MiB")
     print(folder.path)
 
 
@@ -230,7 +319,26 @@ def analyze_attention(arguments: Namespace) -> None:
         return
     results = folder.results
     print(f"mean pseudo-rank (95 % of Σσ) of head dimension {results['head_dim']}")
-    print(f"  W_QK {results['summary']['qk_pseudo_rank']:.2f}\n  W_VP {results['summary']['vp_pseudo_rank']:.2f}")
+    for product, name in {"qk": "W_QK", "qk_folded": "W_QK with the QK-norm's gains", "vp": "W_VP"}.items():
+        if f"{product}_pseudo_rank" in results["summary"]:
+            print(f"  {name} {results['summary'][f'{product}_pseudo_rank']:.2f}")
+    print(folder.path)
+
+
+def analyze_truncation(arguments: Namespace) -> None:
+    """Truncate the attention matrices of a model to ranks and print what that does to the loss."""
+    from megatron_plasticity.config.analysis import TruncationConfig
+
+    folder = _run_job("truncation", TruncationConfig, arguments)
+    if folder is None:
+        return
+    results = folder.results
+    print(f"loss {results['loss']:.4f}, of heads of dimension {results['head_dim']}")
+    for target, ranks in results["targets"].items():
+        print(f"W_{target.upper()} of rank    loss   random directions")
+        for rank, entry in ranks.items():
+            control = f"   {entry['control']['loss']:8.4f}" if "control" in entry else ""
+            print(f"{rank:>12}{entry['truncated']['loss']:8.4f}{control}")
     print(folder.path)
 
 
@@ -252,10 +360,11 @@ def study_plan(arguments: Namespace) -> None:
     """Print the runs of a study."""
     from megatron_plasticity.config.study import StudyConfig
     from megatron_plasticity.models.sizes import parameter_count
-    from megatron_plasticity.study.plan import check_study, study_folder
+    from megatron_plasticity.study.check import check_study, task_problems
+    from megatron_plasticity.study.recipes import study_folder, variants
 
     config = _study_config(arguments, StudyConfig)
-    bases = check_study(config)
+    bases = check_study(config, tasks_needed=False)
     print(f"study {config.name} → {study_folder(config)}")
     if config.bases:
         width = max(len(base.name) for base in config.bases)
@@ -273,10 +382,21 @@ def study_plan(arguments: Namespace) -> None:
     analyses = [name for name, recipe in config.analyses if recipe is not None]
     tasks = [task.name for task in config.tasks]
     print(f"each fine-tuned and evaluated on {len(tasks)} tasks: {', '.join(tasks) or 'none'}")
+    ways, steps = len(variants(config)), len(config.finetune_steps)
+    if config.finetune_axes:
+        print(f"in {ways} ways:")
+        for path, values in config.finetune_axes.items():
+            print(f"  {path}: {', '.join(map(str, values))}")
+    if steps:
+        print(f"from the last checkpoint and from those of steps {', '.join(map(str, sorted(config.finetune_steps)))}")
     print(f"each analysed for: {', '.join(analyses) or 'nothing'}")
-    per_base = 1 + len(analyses) + (1 + 2 * len(tasks) if tasks else 0)
+    finetunes = len(tasks) * ways * (1 + steps)
+    per_base = 1 + len(analyses) + (1 + steps + 2 * finetunes if tasks else 0)
     count = len(config.bases) or len(bases)
+    print(f"{finetunes * count} fine-tunings")
     print(f"{count} base models, {per_base * count} runs in all")
+    for problem in task_problems(config):
+        print(f"before it can run: {problem}")
 
 
 def study_run(arguments: Namespace) -> int:

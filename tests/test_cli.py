@@ -147,7 +147,7 @@ def test_from_pretraining_to_every_analysis(run: Run, debug_run: list[str], repo
     code, out, err = run("evaluate", *evaluation)
     assert code == 0, err
     assert "greedy" in out
-    assert (Path(out.strip().splitlines()[-1]) / "samples.jsonl").is_file()
+    assert (Path(out.strip().splitlines()[-1]) / "samples.parquet").is_file()
     for analysis, overrides in {
         "probes": ["train_texts=30", "test_texts=20", "seeds=[0]"],
         "attention": [],

@@ -43,7 +43,7 @@ def imported_packages() -> set[str]:
 
 def test_every_import_is_declared() -> None:
     extras = PROJECT["optional-dependencies"]
-    declared = required_names(PROJECT["dependencies"] + extras["gpu"] + extras["data"] + extras["eval"])
+    declared = required_names(PROJECT["dependencies"] + extras["gpu"] + extras["data"] + extras["eval"] + extras["lora"])
     used = {DISTRIBUTIONS.get(name, name).replace("_", "-") for name in imported_packages() - NOT_ON_THE_INDEX}
     assert used - declared == set()
 

@@ -42,8 +42,10 @@ FILE_KINDS: dict[str, Kind] = {
     "finetune": Kind(KINDS["finetune"], "Fine-tuning run", "`megatron-plasticity finetune FILE`"),
     "evaluate": Kind(KINDS["evaluate"], "Evaluation", "`megatron-plasticity evaluate FILE`"),
     "harness": Kind(KINDS["harness"], "lm-evaluation-harness", "`megatron-plasticity lm-eval FILE`"),
+    "capture": Kind(KINDS["capture"], "Activations of a model", "`megatron-plasticity capture FILE`"),
     "probes": Kind(KINDS["probes"], "Linear probes", "`megatron-plasticity analyze probes FILE`"),
     "attention": Kind(KINDS["attention"], "Attention matrices", "`megatron-plasticity analyze attention FILE`"),
+    "truncation": Kind(KINDS["truncation"], "Truncated heads", "`megatron-plasticity analyze truncation FILE`"),
     "overfitting": Kind(KINDS["overfitting"], "Train–validation gap", "`megatron-plasticity analyze overfitting FILE`"),
     "study": Kind(KINDS["study"], "Study", "`megatron-plasticity study plan|run|report FILE`"),
 }

@@ -29,6 +29,24 @@ def resampled_means(values: np.ndarray, resamples: int, generator: np.random.Gen
     return means
 
 
+def mean_over_strata(values: np.ndarray, strata: Sequence[int]) -> np.ndarray:
+    """Plain mean of the means of consecutive strata of so many units each, over the first axis."""
+    return np.mean([part.mean(0) for part in _parts(values, strata)], axis=0)
+
+
+def resampled_means_over_strata(
+    values: np.ndarray, strata: Sequence[int], resamples: int, generator: np.random.Generator
+) -> np.ndarray:
+    """`mean_over_strata` of units drawn with replacement within each stratum, as `resampled_means` gives it for one."""
+    return np.mean([resampled_means(part, resamples, generator) for part in _parts(values, strata)], axis=0)
+
+
+def _parts(values: np.ndarray, strata: Sequence[int]) -> list[np.ndarray]:
+    if sum(strata) != len(values):
+        raise ValueError(f"strata of {list(strata)} units do not make {len(values)}")
+    return np.split(values, np.cumsum(strata)[:-1])
+
+
 def interval(value: float, resampled: np.ndarray) -> dict[str, float]:
     """`{"value", "low", "high"}`: an estimate and its 95 % percentile interval."""
     tail = (1 - CONFIDENCE) / 2

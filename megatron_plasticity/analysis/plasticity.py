@@ -1,9 +1,10 @@
 """What a grid over λ says about plasticity: where loss and fine-tuned scores are best, and how far they disagree.
 
 Everything here takes plain records and arrays, and returns JSON-ready values in which what is not known is absent, never 0 or
-NaN. A *score* is the mean over a task's test questions of a number per question (1 or 0, or the share of samples that are
-correct). All λ answer the same questions, so every bootstrap resamples questions once for all λ: differences between two λ are
-paired.
+NaN. A *score* is the mean over a task's test questions of a number per question (1 or 0, or the share of samples or of seeds that
+are correct); of a task with several test sets it is the plain mean of their means. An *outcome* is a task on which models were
+fine-tuned in one way (a *variant*). All λ answer the same questions, whatever the variant, so every bootstrap resamples the
+questions of a task once for all of them: differences between two λ, or between two variants, are paired.
 
 The intervals are over questions alone. They say nothing of other seeds of pretraining or fine-tuning.
 """
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from megatron_plasticity.analysis.bootstrap import choices, interval, resampled_means
+from megatron_plasticity.analysis.bootstrap import choices, interval, mean_over_strata, resampled_means_over_strata
 from megatron_plasticity.analysis.paired_losses import SequenceLosses, paired_losses
 from megatron_plasticity.errors import UserError
 
@@ -39,6 +40,12 @@ class TaskOutcome:
     questions_sha256: str | None = None
     """Hash of the questions' text; None where the evaluation did not keep it."""
     base_questions_sha256: str | None = None
+    strata: Sequence[int] = ()
+    """Numbers of questions of the task's test sets, in the order of the answers; empty for one test set."""
+    task: str = ""
+    """Task whose questions these are; empty where it is the name of the outcome."""
+    variant: str = ""
+    """How the model was fine-tuned, where that was done in several ways."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +56,7 @@ class GridPoint:
     held_out_loss: float | None
     """Nats per token; None (or not finite) for a run that is missing or diverged."""
     tasks: Mapping[str, TaskOutcome | None]
-    """A task that is absent or None was not finished."""
+    """Outcomes by name, which is that of the task where there is one variant; one that is absent or None was not finished."""
     sequences: SequenceLosses | None = None
     """Losses on the sequences of the overfitting run; None if there was none, or if it kept none."""
 
@@ -68,16 +75,17 @@ class ScoreCurve:
     resampled_base: np.ndarray
     """[resamples, λ]"""
     correct: np.ndarray | None = None
-    """[questions, λ]; None for a mean over tasks."""
+    """[questions, λ]; None for a mean over tasks, variants or test sets."""
 
 
 def plasticity(points: Sequence[GridPoint], resamples: int = 1000, seed: int = 42) -> dict[str, Any]:
     """All statistics of one grid over λ: `{"weight_decays", "loss_curve", "paired_losses", "tasks": {name: statistics}, "mean":
     statistics}`.
 
-    See `loss_curve_shape`, `paired_losses` (absent without losses of single sequences) and `curve_statistics`. `mean` is over
-    tasks, at the λ at which every task was finished; it is absent
-    when there is no such λ. `points` may come in any order.
+    See `loss_curve_shape`, `paired_losses` (absent without losses of single sequences) and `curve_statistics`. `tasks` are the
+    outcomes. `mean` is over them, at the λ at which every one was finished; it is absent when there is no such λ. With several
+    variants there are also `task_means` (`{task: statistics}`, means over the variants) and `variants` (see
+    `variant_statistics`). `points` may come in any order.
 
     Raises:
         UserError: λ of different runs had different test questions of a task.
@@ -100,11 +108,58 @@ def plasticity(points: Sequence[GridPoint], resamples: int = 1000, seed: int = 4
     mean = mean_curve(list(curves.values()))
     if mean is not None:
         result["mean"] = curve_statistics(mean, weight_decays, losses)
+    by_task, by_variant = _grouped(points, curves)
+    if len(by_variant) > 1:
+        means = {task: found for task, found_curves in by_task.items() if (found := mean_curve(found_curves)) is not None}
+        result["task_means"] = {task: curve_statistics(found, weight_decays, losses) for task, found in means.items()}
+        result["variants"] = variant_statistics(by_variant)
+    return result
+
+
+def _grouped(
+    points: Sequence[GridPoint], curves: Mapping[str, ScoreCurve]
+) -> tuple[dict[str, list[ScoreCurve]], dict[str, list[ScoreCurve]]]:
+    """The outcomes' curves by task, and by variant."""
+    by_task: dict[str, list[ScoreCurve]] = {}
+    by_variant: dict[str, list[ScoreCurve]] = {}
+    for name, curve in curves.items():
+        outcome = next(found for point in points if (found := point.tasks.get(name)) is not None)
+        by_task.setdefault(outcome.task or name, []).append(curve)
+        by_variant.setdefault(outcome.variant, []).append(curve)
+    return by_task, by_variant
+
+
+def variant_statistics(curves: Mapping[str, Sequence[ScoreCurve]]) -> dict[str, Any]:
+    """Whether the ordering of λ survives another way to fine-tune; `curves` are those of each variant's tasks.
+
+    Per variant, with scores that are means over its tasks: `best` (see `best_weight_decay`), `score` there with its interval, and
+    `rank_correlation`: Spearman's of the scores with the first variant's, over the λ that both have. It needs three λ, and is
+    absent for the first variant. A variant without a λ at which all of its tasks were finished is absent.
+
+    Source: the question is of Han et al. (2602.11137), who fine-tune with other learning rates, batches and weight decays.
+    """
+    means = {variant: mean for variant, found in curves.items() if (mean := mean_curve(found)) is not None}
+    first = means.get(next(iter(curves)))
+    result: dict[str, Any] = {}
+    for variant, mean in means.items():
+        best = best_weight_decay(mean)
+        index = mean.weight_decays.index(best["weight_decay"])
+        result[variant] = {"best": best, "score": interval(mean.scores[index], mean.resampled[:, index])}
+        if first is not None and mean is not first:
+            shared = [decay for decay in first.weight_decays if decay in mean.weight_decays]
+            # Means that differ by rounding share a rank.
+            one, other = (np.round([m.scores[m.weight_decays.index(d)] for d in shared], 12) for m in (first, mean))
+            if (correlation := _correlation(stats.spearmanr, one, other)) is not None:
+                result[variant]["rank_correlation"] = correlation
     return result
 
 
 def task_curve(points: Sequence[GridPoint], task: str, resamples: int, seed: int) -> ScoreCurve:
-    """Scores of one task over ascending λ; a resample's questions are the same at every λ and depend on seed and task alone."""
+    """Scores of one outcome over ascending λ.
+
+    A resample's questions are the same at every λ and after every variant: they depend on the seed, the task and the sizes of its
+    test sets alone.
+    """
     present = [
         (point.weight_decay, outcome)
         for point in sorted(points, key=lambda point: point.weight_decay)
@@ -121,20 +176,33 @@ def task_curve(points: Sequence[GridPoint], task: str, resamples: int, seed: int
     _check_same_questions(task, present)
     if not questions:
         raise ValueError(f"task {task!r} has no test questions")
+    strata = tuple(present[0][1].strata) or (questions,)
     unknown = np.full(questions, np.nan)
     correct = np.column_stack([np.asarray(outcome.correct, dtype=float) for _, outcome in present])
     base = np.column_stack(
         [unknown if outcome.base_correct is None else np.asarray(outcome.base_correct, dtype=float) for _, outcome in present]
     )
-    generator = np.random.default_rng([abs(seed), zlib.crc32(task.encode())])
-    resampled = resampled_means(np.hstack([correct, base]), resamples, generator)
+    generator = np.random.default_rng([abs(seed), zlib.crc32((present[0][1].task or task).encode())])
+    resampled = resampled_means_over_strata(np.hstack([correct, base]), strata, resamples, generator)
     count = len(present)
-    decays = tuple(decay for decay, _ in present)
-    return ScoreCurve(decays, correct.mean(0), resampled[:, :count], base.mean(0), resampled[:, count:], correct)
+    return ScoreCurve(
+        tuple(decay for decay, _ in present),
+        mean_over_strata(correct, strata),
+        resampled[:, :count],
+        mean_over_strata(base, strata),
+        resampled[:, count:],
+        correct if len(strata) == 1 else None,
+    )
 
 
 def _check_same_questions(task: str, present: Sequence[tuple[float, TaskOutcome]]) -> None:
-    """Raise UserError where the hashes that are known show that different questions were asked."""
+    """Raise UserError where hashes that are known, or sizes of test sets, show that different questions were asked."""
+    for decay, outcome in present[1:]:
+        if tuple(outcome.strata) != tuple(present[0][1].strata):
+            raise UserError(
+                f"task {task!r}: the test sets at λ={present[0][0]:.3g} and at λ={decay:.3g} are different ones; scores can "
+                "only be compared on the same questions, so evaluate all of them with one task config"
+            )
     known: dict[str, float] = {}
     for decay, outcome in present:
         for digest in (outcome.questions_sha256, outcome.base_questions_sha256):
@@ -150,7 +218,8 @@ def _check_same_questions(task: str, present: Sequence[tuple[float, TaskOutcome]
 
 
 def mean_curve(curves: Sequence[ScoreCurve]) -> ScoreCurve | None:
-    """Plain mean over tasks, whose questions are resampled separately, at the λ that every task has; None if there is none."""
+    """Plain mean over curves at the λ that every one has; None if there is none. Questions of different tasks are resampled
+    separately, those of one task together."""
     shared = sorted(set.intersection(*(set(curve.weight_decays) for curve in curves))) if curves else []
     if not shared:
         return None
@@ -255,8 +324,8 @@ def discordant_pairs(curve: ScoreCurve, losses: Mapping[float, float]) -> dict[s
     `{"pairs": number compared, "discordant": [{"better_loss", "better_score", "loss_difference", "score_difference": interval,
     "bootstrap_p", "sign_p"}]}`, the largest score difference first. `bootstrap_p` is two-sided, twice the share of paired
     resamples in which the difference is not positive (one resample added, so never 0). `sign_p` is the exact two-sided sign test
-    over the questions on which the two differ (McNemar, Psychometrika 12, 1947); absent for a mean over tasks. The p-values are
-    not corrected for the number of pairs.
+    over the questions on which the two differ (McNemar, Psychometrika 12, 1947); absent for a mean over tasks, variants or test
+    sets. The p-values are not corrected for the number of pairs.
     """
     known = [(index, losses[decay]) for index, decay in enumerate(curve.weight_decays) if decay in losses]
     pairs = list(combinations(known, 2))

@@ -6,85 +6,81 @@ Alain and Bengio, "Understanding intermediate layers using linear classifier pro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
+from megatron_plasticity.analysis.logistic import SharedFeatures, accuracy, fit_logistic
 from megatron_plasticity.capture.points import hook_points
 from megatron_plasticity.capture.recorder import Recorder
 from megatron_plasticity.config.analysis import ProbesRecipe
-from megatron_plasticity.data.labelled_text import LabelledText, label_names, labelled_texts
+from megatron_plasticity.data.labelled_text import LabelledText
+from megatron_plasticity.data.probe_sets import LabelledSet
 from megatron_plasticity.data.tokenizer import Tokenizer
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.models.transformer import Transformer
 from megatron_plasticity.tracking.progress import Progress
 
-_TOLERANCE = 1e-6
-_SEARCH_TOLERANCE = 1e-4
-_ITERATIONS = 10_000
 _INNER_SHARE = 0.1
 _TOKENS_PER_BATCH = 8192
 _TEST_SEED = 0
-_CONSTANT = 1e-6  # deviation, relative to the mean, up to which a feature counts as constant
+_CPU_BATCH_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Probe:
-    """A fitted probe: class k scores weights[k]·x + bias[k]; with two classes one row, whose score is the log-odds of class 1."""
+class Outcome:
+    """What the probes of some layers found, for each variant [layers, variants]."""
 
-    weights: np.ndarray
-    bias: np.ndarray
-
-    def accuracy(self, features: np.ndarray, labels: np.ndarray) -> float:
-        """Share of rows of `features` [N, d] whose highest score is their label's [N]."""
-        scores = features @ self.weights.T + self.bias
-        predicted = (scores[:, 0] > 0).astype(np.int64) if len(self.weights) == 1 else scores.argmax(axis=1)
-        return float((predicted == labels).mean())
+    accuracy: Tensor
+    """Share of the test rows that are told right."""
+    strength: Tensor
+    """The C that was chosen."""
 
 
-def fit_probe(features: np.ndarray, labels: np.ndarray, classes: int, c: float, tolerance: float = _TOLERANCE) -> Probe:
-    """The logistic regression of labels [N] (0 … classes − 1) on features [N, d] with inverse L2 strength C.
+def probe_layers(
+    train: Tensor, labels: Tensor, test: Tensor, test_labels: Tensor, classes: int, recipe: ProbesRecipe, seed: int
+) -> Outcome:
+    """Probes of all variants of `recipe`, fitted on rows [layers, n, d] and asked about others [layers, m, d].
 
-    Minimises C·Σ_i CE(W·x_i + b, y_i) + ½·‖W‖²; the bias is free. With two classes W is one vector (log-odds), not two. This is
-    scikit-learn's `LogisticRegression(C=c)`, and it is what runs: on a CPU its L-BFGS reaches the optimum in half to two
-    thirds of the time of torch's, which pays for Python at each step. The objective per sample is within 1e-5 of the optimum.
+    C is chosen by the accuracy on a random 10 % of the training rows after fitting on the rest (the smallest of equals); then the
+    probe is fitted on all of them. Labels [n], [m] are 0 … classes − 1, and `check_rows` has nothing against them.
     """
-    solver = _solver(labels, classes, tolerance).set_params(C=c)
-    return _probe(solver.fit(features, labels))
+    held_out, order = _inner_split(len(labels), recipe, seed)
+    labels = labels[order]
+    shared = SharedFeatures.of(train[:, order], recipe.standardise)
+    grid = torch.tensor(sorted(recipe.regularisation), dtype=torch.float64, device=train.device)
+    strengths = grid.expand(*shared.scales.shape[:2], -1)
+    start = None
+    if held_out:
+        found = fit_logistic(shared, labels, classes, strengths, first_row=held_out)
+        told_right = accuracy(found, shared.rows[:, :held_out], labels[:held_out])
+        index = told_right.argmax(dim=-1, keepdim=True)  # the first of equals
+        strengths = strengths.gather(-1, index)
+        start = found.take_along_dim(index[..., None, None], dim=2)
+    found = fit_logistic(shared, labels, classes, strengths, start=start)
+    return Outcome(accuracy(found, shared.like(test), test_labels)[..., 0], strengths[..., 0])
 
 
-def choose_c(features: np.ndarray, labels: np.ndarray, classes: int, grid: Sequence[float], seed: int) -> float:
-    """The C of `grid` with the best accuracy on a random 10 % of the rows after fitting on the others; the smallest of equals."""
-    if len(grid) == 1:
-        return grid[0]
-    order = np.random.default_rng(seed).permutation(len(labels))
-    held_out = max(1, round(_INNER_SHARE * len(labels)))
-    inner, fitted = order[:held_out], order[held_out:]
-    # From strong to weak regularisation, each fit beginning at the one before.
-    solver = _solver(labels[fitted], classes, _SEARCH_TOLERANCE).set_params(warm_start=True)
-    best_c, best_accuracy = grid[0], -1.0
-    for c in sorted(grid):
-        probe = _probe(solver.set_params(C=c).fit(features[fitted], labels[fitted]))
-        accuracy = probe.accuracy(features[inner], labels[inner])
-        if accuracy > best_accuracy:
-            best_c, best_accuracy = c, accuracy
-    return best_c
+def _inner_split(count: int, recipe: ProbesRecipe, seed: int) -> tuple[int, Tensor]:
+    """How many rows are held out to choose C, and the order of all rows [count] that begins with them."""
+    order = torch.from_numpy(np.random.default_rng(seed).permutation(count))
+    return (max(1, round(_INNER_SHARE * count)) if len(recipe.regularisation) > 1 else 0), order
 
 
-def _solver(labels: np.ndarray, classes: int, tolerance: float) -> LogisticRegression:
-    present = len(np.unique(labels))
-    if present != classes:
-        raise UserError(f"only {present} of {classes} classes are among the {len(labels)} training texts; raise `train_texts`")
-    return LogisticRegression(tol=tolerance, max_iter=_ITERATIONS)
-
-
-def _probe(solver: LogisticRegression) -> Probe:
-    return Probe(np.array(solver.coef_), np.array(solver.intercept_))
+def check_rows(name: str, labels: Tensor, classes: Sequence[str], recipe: ProbesRecipe, seed: int) -> None:
+    """Raise UserError if, of the training `labels` [n], too few are left to fit every class when some are held out."""
+    held_out, order = _inner_split(len(labels), recipe, seed)
+    present = labels[order][held_out:].unique().tolist()
+    if len(present) < len(classes):
+        missing = ", ".join(repr(label) for index, label in enumerate(classes) if index not in present)
+        raise UserError(
+            f"data set {name!r}, seed {seed}: not enough rows for a split: of {len(labels)} training texts {held_out} are held out "
+            f"to choose C, and none of the others is of class {missing}; raise `train_texts`"
+        )
 
 
 def layer_points(model: Transformer) -> list[str]:
@@ -98,8 +94,8 @@ def last_token_states(
     sequences: Sequence[Sequence[int]],
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
-) -> dict[str, np.ndarray]:
-    """State of each sequence's last token at each of `layer_points`: {point: float64 [len(sequences), d]}, in the order given.
+) -> dict[str, Tensor]:
+    """State of each sequence's last token at each of `layer_points`: {point: float32 [len(sequences), d]}, in the order given.
 
     Sequences run in order of length, so that little is padded, and are padded on the right, which causal attention cannot see.
     """
@@ -121,12 +117,12 @@ def last_token_states(
         recorded["final_norm"] = norm(recorded[last_layer].to(norm.weight)).float().cpu()
         for point in points:
             if point not in states:
-                states[point] = torch.empty(len(sequences), recorded[point].shape[1], dtype=torch.float64)
-            states[point][rows] = recorded[point].double()
+                states[point] = torch.empty(len(sequences), recorded[point].shape[1])
+            states[point][rows] = recorded[point].float()
         done += len(rows)
         if progress is not None:
             progress.update(done, len(sequences), "texts")
-    return {point: states[point].numpy() for point in points}
+    return {point: states[point] for point in points}
 
 
 def _batches_by_length(lengths: Sequence[int]) -> list[list[int]]:
@@ -140,10 +136,32 @@ def _batches_by_length(lengths: Sequence[int]) -> list[list[int]]:
     return batches
 
 
+@dataclass(frozen=True)
+class _Drawn:
+    """The texts of a data set that a run reads."""
+
+    name: str
+    classes: tuple[str, ...]
+    trains: list[list[LabelledText]]
+    """For each seed of the recipe."""
+    test: list[LabelledText]
+
+    @classmethod
+    def of(cls, name: str, texts: LabelledSet, recipe: ProbesRecipe) -> _Drawn:
+        test = texts.texts("test", recipe.test_texts, seed=_TEST_SEED)
+        if not test:
+            raise UserError(f"data set {name!r} has no test texts")
+        trains = [texts.texts("train", recipe.train_texts, seed=seed) for seed in recipe.seeds]
+        for seed, train in zip(recipe.seeds, trains, strict=True):
+            check_rows(name, _labels(train), texts.classes, recipe, seed)
+        return cls(name, texts.classes, trains, test)
+
+
 def run_probes(
     model: Transformer,
     tokenizer: Tokenizer,
     recipe: ProbesRecipe,
+    sets: Mapping[str, LabelledSet],
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -152,77 +170,78 @@ def run_probes(
     `{"max_tokens", "datasets": {name: {"classes", "chance", "train_texts" (per seed), "test_texts", "variants": {"standardised" |
     "raw": {"points", "accuracy", "chosen_c"}}}}}`; `accuracy` and `chosen_c` are [point][seed]. `chance` is the accuracy on the
     test texts of always answering their commonest class. A text is encoded as it is, nothing put before it, and cut to the first
-    `max_tokens` tokens (or to the model's context, if that is shorter).
+    `max_tokens` tokens (or to the model's context, if that is shorter). Raises UserError before any work when a set has too few
+    texts.
     """
     max_tokens = min(recipe.max_tokens, model.config.context_length)
     results: dict[str, Any] = {}
-    for name in recipe.datasets:
-        test = labelled_texts(name, "test", recipe.test_texts, seed=_TEST_SEED)
-        trains = [labelled_texts(name, "train", recipe.train_texts, seed=seed) for seed in recipe.seeds]
-        row_of = {text: row for row, text in enumerate(dict.fromkeys(item.text for part in (test, *trains) for item in part))}
+    for drawn in [_Drawn.of(name, texts, recipe) for name, texts in sets.items()]:
+        row_of = {
+            text: row for row, text in enumerate(dict.fromkeys(item.text for p in (drawn.test, *drawn.trains) for item in p))
+        }
         sequences = [ids[:max_tokens] for ids in tokenizer.encode_batch(list(row_of))]
         states = last_token_states(model, sequences, device, progress)
         _check_finite(states)
-        results[name] = {
-            "train_texts": [len(train) for train in trains],
-            "test_texts": len(test),
-            **_probe_dataset(name, states, row_of, trains, test, recipe, progress),
-        }
+        results[drawn.name] = _probe_dataset(drawn, states, row_of, recipe, torch.device(device), progress)
     return {"max_tokens": max_tokens, "datasets": results}
 
 
 def _probe_dataset(
-    name: str,
-    states: dict[str, np.ndarray],
-    row_of: dict[str, int],
-    trains: list[list[LabelledText]],
-    test: list[LabelledText],
+    drawn: _Drawn,
+    states: Mapping[str, Tensor],
+    row_of: Mapping[str, int],
     recipe: ProbesRecipe,
+    device: torch.device,
     progress: Progress | None,
 ) -> dict[str, Any]:
-    classes = label_names(name)
-    test_rows, test_labels = _rows_and_labels(test, row_of)
+    points, test_labels = list(states), _labels(drawn.test)
+    names = ["standardised" if standardise else "raw" for standardise in recipe.standardise]
     variants: dict[str, Any] = {
-        "standardised" if standardise else "raw": {"points": list(states), "accuracy": [], "chosen_c": []}
-        for standardise in recipe.standardise
+        name: {"points": points, "accuracy": [[] for _ in points], "chosen_c": [[] for _ in points]} for name in names
     }
-    done, total = 0, len(states) * len(variants) * len(trains)
-    for features in states.values():
-        for variant, outcome in variants.items():
-            accuracies, chosen = [], []
-            for seed, train in zip(recipe.seeds, trains, strict=True):
-                rows, labels = _rows_and_labels(train, row_of)
-                fitted, asked = features[rows], features[test_rows]
-                if variant == "standardised":
-                    fitted, asked = standardised(fitted, asked)
-                c = choose_c(fitted, labels, len(classes), recipe.regularisation, seed)
-                accuracies.append(fit_probe(fitted, labels, len(classes), c).accuracy(asked, test_labels))
-                chosen.append(c)
-                done += 1
-                if progress is not None:
-                    progress.update(done, total, "probes", dataset=name)
-            outcome["accuracy"].append(accuracies)
-            outcome["chosen_c"].append(chosen)
-    chance = float(np.bincount(test_labels, minlength=len(classes)).max() / len(test_labels))
-    return {"classes": list(classes), "chance": chance, "variants": variants}
+    done, total = 0, len(points) * len(drawn.trains)
+    for seed, train in zip(recipe.seeds, drawn.trains, strict=True):
+        rows, test_rows = ([row_of[item.text] for item in part] for part in (train, drawn.test))
+        labels = _labels(train)
+        together = _layers_together(len(train), next(iter(states.values())).shape[1], len(drawn.classes), recipe, device)
+        for first in range(0, len(points), together):
+            chosen = points[first : first + together]
+            fitted, asked = (torch.stack([states[point][part] for point in chosen]).to(device) for part in (rows, test_rows))
+            found = probe_layers(fitted, labels.to(device), asked, test_labels.to(device), len(drawn.classes), recipe, seed)
+            for index, variant in enumerate(names):
+                for point, (accuracies, strengths) in enumerate(
+                    zip(found.accuracy.tolist(), found.strength.tolist(), strict=True)
+                ):
+                    variants[variant]["accuracy"][first + point].append(accuracies[index])
+                    variants[variant]["chosen_c"][first + point].append(strengths[index])
+            done += len(chosen)
+            if progress is not None:
+                progress.update(done, total, "probes", dataset=drawn.name)
+    return {
+        "classes": list(drawn.classes),
+        "chance": float(test_labels.bincount().max() / len(test_labels)),
+        "train_texts": [len(train) for train in drawn.trains],
+        "test_texts": len(drawn.test),
+        "variants": variants,
+    }
 
 
-def standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both, less the training rows' mean and divided by their standard deviation (by 1 where a feature is constant)."""
-    mean, deviation = train.mean(axis=0), train.std(axis=0)
-    # A constant feature's deviation is rounding of its size, not exactly zero: states are computed in fp32, whose relative
-    # rounding is 6e-8 and grows over the layers.
-    deviation[deviation <= _CONSTANT * np.abs(mean)] = 1.0
-    return (train - mean) / deviation, (test - mean) / deviation
+def _layers_together(rows: int, width: int, classes: int, recipe: ProbesRecipe, device: torch.device) -> int:
+    """How many layers to probe at once: as many as fit, one at least."""
+    problems = len(recipe.standardise) * len(recipe.regularisation) * classes
+    features, bases, scores = 3 * rows * width, 3 * len(recipe.standardise) * width**2, problems * (8 * rows + 25 * width)
+    # On a CPU, layers in one batch save calls and nothing else: they should stay within its caches as far as they can.
+    memory = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else _CPU_BATCH_BYTES
+    return max(1, int(memory // (8 * (features + bases + scores))))
 
 
-def _rows_and_labels(texts: list[LabelledText], row_of: dict[str, int]) -> tuple[np.ndarray, np.ndarray]:
-    return np.array([row_of[item.text] for item in texts]), np.array([item.label for item in texts])
+def _labels(texts: Sequence[LabelledText]) -> Tensor:
+    return torch.tensor([item.label for item in texts], dtype=torch.int64)
 
 
-def _check_finite(states: dict[str, np.ndarray]) -> None:
+def _check_finite(states: Mapping[str, Tensor]) -> None:
     for point, values in states.items():
-        if not np.isfinite(values).all():
+        if not values.isfinite().all():
             raise UserError(
                 f"the model's activations at {point} are not finite: its weights have diverged, so nothing can be probed"
             )

@@ -1,7 +1,8 @@
 """The manifest of a folder of activations: one JSON row per event, appended after what it speaks of is in place.
 
-Rows, by their `event`: `model` (the first row: whose activations these are), `shard` (a whole file of a take) and `complete` (the
-take of a step, all shards of it). A *take* is one recording of a step; the last complete take of a step is the one in force.
+Rows, by their `event`: `model` (the first row: whose activations these are), `shard` (a whole file of states of a take),
+`statistics` (a file of statistics of a take) and `complete` (the take of a step, all its files). A *take* is one recording of a
+step; the last complete take of a step is the one in force.
 """
 
 from __future__ import annotations
@@ -15,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_plasticity.config.files import fsync_folder
+from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.errors import UserError
 
+ACTIVATIONS_FOLDER = "activations"
+"""Folder inside a run folder that holds the run's activations."""
 MANIFEST_FILE = "manifest.jsonl"
 FORMAT = 1
 
@@ -39,25 +43,41 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class StatisticsFile:
+    """The statistics of one point in one take of a step."""
+
+    step: int
+    take: int
+    point: str
+    file: str
+    """Path relative to the folder."""
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a folder holds that is whole."""
 
     identity: dict[str, Any]
     """What was recorded, as the writer was told."""
     shards: tuple[Shard, ...]
+    statistics: tuple[StatisticsFile, ...]
     complete: dict[int, int]
     """Step → number of the take in force."""
 
     def last_takes(self) -> dict[int, int]:
         """Step → highest number of a take that was begun; the next take's must be higher, since rows of unfinished ones stay."""
         takes = dict(self.complete)
-        for shard in self.shards:
-            takes[shard.step] = max(takes.get(shard.step, 0), shard.take)
+        for file in (*self.shards, *self.statistics):
+            takes[file.step] = max(takes.get(file.step, 0), file.take)
         return takes
 
     def in_force(self, step: int) -> list[Shard]:
         """Shards of the take in force of a step, in the order of their rows within each point."""
         return [shard for shard in self.shards if (shard.step, shard.take) == (step, self.complete.get(step))]
+
+    def statistics_in_force(self, step: int) -> dict[str, StatisticsFile]:
+        """Point → its statistics in the take in force of a step."""
+        return {file.point: file for file in self.statistics if (file.step, file.take) == (step, self.complete.get(step))}
 
 
 def read_manifest(folder: Path) -> Manifest | None:
@@ -71,6 +91,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     if not lines:
         return None
     shards: list[Shard] = []
+    statistics: list[StatisticsFile] = []
     complete: dict[int, int] = {}
     identity: dict[str, Any] = {}
     for number, line in enumerate(lines, start=1):
@@ -87,17 +108,19 @@ def read_manifest(folder: Path) -> Manifest | None:
                 identity = row["identity"]
             elif event == "shard":
                 shards.append(Shard(**{**row, "shape": tuple(row["shape"])}))
+            elif event == "statistics":
+                statistics.append(StatisticsFile(**row))
             elif event == "complete":
                 complete[int(row["step"])] = int(row["take"])
             else:
                 raise ValueError(f"unknown event {event!r}")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}, row {number}: damaged ({error}); move the folder away and record again") from error
-    return Manifest(identity, tuple(shards), complete)
+    return Manifest(identity, tuple(shards), tuple(statistics), complete)
 
 
 def begin_manifest(folder: Path, identity: Mapping[str, Any]) -> Manifest:
-    """Start a manifest, or continue the one that is there, which must be of the same model (UserError)."""
+    """Start a manifest, or continue the one that is there, which must be of exactly this model (UserError)."""
     folder.mkdir(parents=True, exist_ok=True)
     manifest = read_manifest(folder)
     path = folder / MANIFEST_FILE
@@ -106,23 +129,26 @@ def begin_manifest(folder: Path, identity: Mapping[str, Any]) -> Manifest:
         os.truncate(path, whole)
     if manifest is None:
         append_row(folder, {"event": "model", "format": FORMAT, "identity": dict(identity)})
-        return Manifest(dict(identity), (), {})
-    check_identity(folder, manifest, identity)
+        return Manifest(dict(identity), (), (), {})
+    check_identity(folder, manifest, dict.fromkeys(manifest.identity) | dict(identity))
     return manifest
 
 
 def check_identity(folder: Path, manifest: Manifest, identity: Mapping[str, Any]) -> None:
-    """Raise UserError, with what differs, unless the folder's activations are of the model with this identity."""
+    """Raise UserError, with what differs, unless the folder's activations are of a model of which these things are true."""
     mine = json.loads(json.dumps(dict(identity)))  # tuples become lists, as in the file
-    if mine == manifest.identity:
-        return
-    keys = [key for key in {**manifest.identity, **mine} if manifest.identity.get(key) != mine.get(key)]
-    difference = "; ".join(f"{key}: {manifest.identity.get(key)!r} there, {mine.get(key)!r} here" for key in keys)
-    raise UserError(f"{folder}: holds activations of another model ({difference}); choose another folder")
+    keys = [key for key in mine if manifest.identity.get(key) != mine[key]]
+    if keys:
+        difference = "; ".join(f"{key}: {manifest.identity.get(key)!r} there, {mine[key]!r} here" for key in keys)
+        raise UserError(f"{folder}: holds activations of another model ({difference}); choose another folder")
 
 
 def append_shard(folder: Path, shard: Shard) -> None:
     append_row(folder, {"event": "shard", **asdict(shard)})
+
+
+def append_statistics(folder: Path, file: StatisticsFile) -> None:
+    append_row(folder, {"event": "statistics", **asdict(file)})
 
 
 def append_row(folder: Path, row: Mapping[str, Any]) -> None:
@@ -135,6 +161,11 @@ def append_row(folder: Path, row: Mapping[str, Any]) -> None:
         os.fsync(file.fileno())
     if is_new:
         fsync_folder(folder)
+
+
+def model_identity(run: str, model: ModelConfig, weight_decay: float | None) -> dict[str, Any]:
+    """What makes a model this one and no other: the hash of its run, its architecture, its λ (None if it is not known)."""
+    return {"run": run, "model": model.model_dump(), "weight_decay": weight_decay}
 
 
 def identity_digest(identity: Mapping[str, Any]) -> str:

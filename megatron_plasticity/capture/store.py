@@ -1,295 +1,21 @@
-"""Activations on disk: safetensors shards per hook point, written in the background, and a manifest that says what is whole.
-
-A folder holds the dumps of one model at several steps::
-
-    manifest.jsonl
-    step-200/take-1/layers.0.resid_post-00000.safetensors
-
-Shards are written under temporary names and renamed, then listed in the manifest; a dump counts once its last row, `complete`, is
-there. So a kill at any moment leaves whole shards and the earlier dumps in force, and the next writer removes what was begun
-only. Recording a step again, as a resumed run does, makes a new take that replaces the earlier one when it is complete.
-"""
+"""Reading a folder of activations: every point of a step as one array over its shards, and its statistics."""
 
 from __future__ import annotations
 
-import os
-import shutil
-import threading
-from collections import deque
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_plasticity.capture.manifest import (
-    MANIFEST_FILE,
-    Shard,
-    append_row,
-    append_shard,
-    begin_manifest,
-    check_identity,
-    identity_digest,
-    read_manifest,
-)
-from megatron_plasticity.config.files import fsync_folder
+from megatron_plasticity.capture.manifest import MANIFEST_FILE, Shard, check_identity, identity_digest, read_manifest
+from megatron_plasticity.capture.sequences import ProbeSet
+from megatron_plasticity.capture.statistics import PointStatistics, from_tensors
+from megatron_plasticity.capture.writer import TENSOR
 from megatron_plasticity.errors import UserError
-from megatron_plasticity.tracking.disk import explain_disk_errors
-
-_TENSOR = "activations"
-
-
-class ActivationWriter:
-    """Writes dumps to a folder without making the caller wait for the disk.
-
-    `add` hands a batch over to a thread and returns. It waits only while more than `memory_bytes` are handed over and not yet on
-    disk, so a slow disk slows the caller down instead of filling the memory (a shard is copied once while it is written). What
-    goes wrong in the thread is raised by the caller's next call, by `close` at the latest::
-
-        with ActivationWriter(folder, identity) as writer:
-            with writer.dump(step=200):
-                for tokens in batches:
-                    writer.add(recorder.record(tokens))
-
-    Args:
-        folder: made if it is not there; one that is there is continued. identity: what makes the model this one and no other, as
-        a JSON object (its shape, its λ, its run's hash); a folder that was
-            begun with another identity is refused (UserError).
-        shard_bytes: a point's shard is written once it holds this much.
-        memory_bytes: bound on what is handed over and not yet on disk; a single larger batch goes through alone.
-    """
-
-    def __init__(
-        self, folder: Path, identity: Mapping[str, Any], shard_bytes: int = 128 << 20, memory_bytes: int = 512 << 20
-    ) -> None:
-        self.folder = folder
-        self.shard_bytes = shard_bytes
-        self.memory_bytes = memory_bytes
-        with explain_disk_errors(folder):
-            manifest = begin_manifest(folder, identity)
-            _remove_unfinished(folder, manifest.complete)
-        self._takes = manifest.last_takes()
-        self._digest = identity_digest(identity)
-        self._dump: _Dump | None = None
-        """The dump that is open; the caller's."""
-        self._gathering: _Dump | None = None
-        """The dump of which batches are in memory and not on disk; the thread's."""
-
-        # Shared with the thread, under the condition:
-        self._changed = threading.Condition()
-        self._queue: deque[_Work] = deque()
-        self._unwritten_bytes = 0
-        self._unfinished_dumps = 0
-        self._caller_waits = False
-        self._closing = False
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="activation-writer", daemon=True)
-        self._thread.start()
-
-    def __enter__(self) -> ActivationWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
-            self.close()
-        except Exception:
-            if error is None:  # else the first error is the one to show
-                raise
-
-    @contextmanager
-    def dump(self, step: int) -> Iterator[None]:
-        """What is added inside the block is the dump of `step`: complete if the block ends well, dropped if it raises."""
-        if self._dump is not None:
-            raise RuntimeError(f"the dump of step {self._dump.step} is still open")
-        self._takes[step] = take = self._takes.get(step, 0) + 1
-        dump = self._dump = _Dump(step, take)
-        with self._changed:
-            self._unfinished_dumps += 1
-        try:
-            yield
-            if not dump.layout:
-                raise ValueError(f"nothing was added to the dump of step {step}")
-        except BaseException:
-            dump.abandoned = True
-            raise
-        finally:
-            self._dump = None
-            self._hand_over(_Work(dump, None, 0), checked=not dump.abandoned)
-
-    def add(self, activations: Mapping[str, Tensor]) -> None:
-        """Append a batch: {point: tensor}, first axis sequences. Every batch of a dump has the same points and shapes beyond it.
-
-        The tensors must not be changed afterwards; `Recorder.record` returns fresh ones.
-        """
-        if self._dump is None:
-            raise RuntimeError("add activations inside `with writer.dump(step):`")
-        batch = {name: tensor.detach().cpu() for name, tensor in activations.items()}
-        self._dump.check(batch)
-        self._hand_over(_Work(self._dump, batch, sum(tensor.nbytes for tensor in batch.values())))
-
-    def flush(self) -> None:
-        """Wait until every dump that has ended is on disk; call it before a checkpoint says that its step is done."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._error or self._unfinished_dumps == (self._dump is not None))
-        self._raise_error()
-
-    def close(self) -> None:
-        """Finish the dumps that have ended, stop the thread, and raise what went wrong in it. Twice is fine."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify_all()
-        self._thread.join()
-        self._raise_error()
-
-    def _hand_over(self, work: _Work, checked: bool = True) -> None:
-        def fits() -> bool:
-            return self._error is not None or not self._unwritten_bytes or self._unwritten_bytes + work.size <= self.memory_bytes
-
-        with self._changed:
-            if self._closing:
-                raise RuntimeError("the activation writer is closed")
-            self._caller_waits = not fits()
-            self._changed.notify_all()
-            self._changed.wait_for(fits)
-            self._caller_waits = False
-            if self._error is None:
-                self._unwritten_bytes += work.size
-                self._queue.append(work)
-                self._changed.notify_all()
-        if checked:
-            self._raise_error()
-
-    def _raise_error(self) -> None:
-        if self._error is None:
-            return
-        if isinstance(self._error, UserError):
-            raise UserError(str(self._error)) from self._error
-        raise RuntimeError(f"writing activations to {self.folder} failed: {self._error}") from self._error
-
-    # What follows runs in the thread.
-
-    def _run(self) -> None:
-        try:
-            while True:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._queue or self._closing or (self._caller_waits and self._gathering))
-                    work = self._queue.popleft() if self._queue else None
-                    if work is None and self._closing:
-                        return
-                with explain_disk_errors(self.folder):
-                    if work is not None:
-                        self._take_in(work)
-                    elif self._gathering is not None:  # the caller waits for memory, and no shard is full: write the fullest
-                        dump = self._gathering
-                        self._write(dump, max(dump.gathered, key=dump.gathered_bytes))
-        except BaseException as error:
-            with self._changed:
-                self._error = error
-                self._queue.clear()
-                self._changed.notify_all()
-
-    def _take_in(self, work: _Work) -> None:
-        dump = work.dump
-        if work.batch is None:
-            self._finish(dump)
-        elif dump.abandoned:
-            self._release(work.size)
-        else:
-            for point, tensor in work.batch.items():
-                dump.gathered.setdefault(point, []).append(tensor)
-                if dump.gathered_bytes(point) >= self.shard_bytes:
-                    self._write(dump, point)
-            self._gathering = dump if dump.gathered else None
-
-    def _finish(self, dump: _Dump) -> None:
-        self._gathering = None
-        if dump.abandoned:
-            self._release(sum(map(dump.gathered_bytes, dump.gathered)))
-            dump.gathered.clear()
-            shutil.rmtree(dump.folder(self.folder), ignore_errors=True)
-        else:
-            for point in list(dump.gathered):
-                self._write(dump, point)
-            append_row(self.folder, {"event": "complete", "step": dump.step, "take": dump.take})
-            _remove_other_takes(self.folder, dump.step, dump.take)
-        with self._changed:
-            self._unfinished_dumps -= 1
-            self._changed.notify_all()
-
-    def _write(self, dump: _Dump, point: str) -> None:
-        size = dump.gathered_bytes(point)
-        tensor = torch.cat(dump.gathered.pop(point)).contiguous()
-        first_row, number = dump.written.get(point, (0, 0))
-        last_row = first_row + tensor.shape[0]
-        path = dump.folder(self.folder) / f"{point}-{number:05d}.safetensors"
-        temporary = path.with_name(f".{path.name}.tmp")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file({_TENSOR: tensor}, temporary, metadata={"model": self._digest, "point": point, "step": str(dump.step)})
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
-        fsync_folder(path.parent)
-        file_name = path.relative_to(self.folder).as_posix()
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        append_shard(self.folder, Shard(dump.step, dump.take, point, file_name, first_row, last_row, tuple(tensor.shape), dtype))
-        dump.written[point] = (last_row, number + 1)
-        if not dump.gathered:
-            self._gathering = None
-        self._release(size)
-
-    def _release(self, size: int) -> None:
-        with self._changed:
-            self._unwritten_bytes -= size
-            self._changed.notify_all()
-
-
-@dataclass
-class _Dump:
-    """One take while it is being written."""
-
-    step: int
-    take: int
-    layout: dict[str, tuple[torch.Size, torch.dtype]] = field(default_factory=dict)
-    """Point → shape of one sequence's activations and number format; what every batch must have. The caller's."""
-    abandoned: bool = False
-    gathered: dict[str, list[Tensor]] = field(default_factory=dict)
-    """Point → batches that are not on disk. The thread's."""
-    written: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Point → rows and shards that are on disk. The thread's."""
-
-    def folder(self, root: Path) -> Path:
-        return root / f"step-{self.step}" / f"take-{self.take}"
-
-    def gathered_bytes(self, point: str) -> int:
-        return sum(tensor.nbytes for tensor in self.gathered[point])
-
-    def check(self, batch: Mapping[str, Tensor]) -> None:
-        layout = {point: (tensor.shape[1:], tensor.dtype) for point, tensor in batch.items()}
-        rows = {tensor.shape[0] for tensor in batch.values()}
-        if not batch or len(rows) != 1:
-            raise ValueError(f"a batch needs one or more points with the same number of sequences, got {sorted(rows)}")
-        if self.layout and layout != self.layout:
-            raise ValueError(f"batches of the dump of step {self.step} differ in their points, shapes or number formats")
-        self.layout = layout
-
-
-@dataclass(frozen=True)
-class _Work:
-    """A batch of a dump for the thread, or with None the end of the dump."""
-
-    dump: _Dump
-    batch: Mapping[str, Tensor] | None
-    size: int
 
 
 class ActivationStore:
@@ -297,7 +23,7 @@ class ActivationStore:
 
     Args:
         folder: what an `ActivationWriter` wrote.
-        identity: if given, the model that the activations must be of.
+        identity: what must be true of the model (some or all of `model_identity`), such as {"run": "<hash of its run>"}.
 
     Raises:
         UserError: the folder holds no activations, is damaged, or is of another model.
@@ -306,30 +32,57 @@ class ActivationStore:
     def __init__(self, folder: Path, identity: Mapping[str, Any] | None = None) -> None:
         manifest = read_manifest(folder)
         if manifest is None:
-            raise UserError(f"{folder}: holds no activations (no {MANIFEST_FILE}); `capture` in a run's config makes them")
-        if identity is not None:
-            check_identity(folder, manifest, identity)
+            raise UserError(
+                f"{folder}: holds no activations (no {MANIFEST_FILE}); `capture` in a run's config makes them, and so does the "
+                "command `capture`"
+            )
+        check_identity(folder, manifest, identity or {})
         self.folder = folder
         self.identity = manifest.identity
         self._manifest = manifest
+        self._digest = identity_digest(manifest.identity)
 
     @property
     def steps(self) -> list[int]:
         """Steps that have a complete dump, in order."""
         return sorted(self._manifest.complete)
 
+    @property
+    def probe_set(self) -> ProbeSet:
+        """The sequences that the activations are of, and which positions were kept. Raises UserError."""
+        return ProbeSet.load(self.folder)
+
     def points(self, step: int) -> list[str]:
-        """Hook points dumped at a step."""
+        """Names of which the dump of a step holds states."""
         return list(dict.fromkeys(shard.point for shard in self._shards(step)))
 
-    def read(self, step: int, point: str) -> Tensor:
-        """Activations of one point at one step, in the number format on disk; first axis sequences. Raises UserError."""
+    def points_with_statistics(self, step: int) -> list[str]:
+        """Hook points of which the dump of a step holds statistics."""
+        self._shards(step)
+        return list(self._manifest.statistics_in_force(step))
+
+    def array(self, step: int, point: str) -> ActivationArray:
+        """The states of one point at one step, of which nothing is read yet. Raises UserError if there are none."""
         shards = [shard for shard in self._shards(step) if shard.point == point]
         if not shards:
-            raise UserError(f"{self.folder}: step {step} has no point {point!r}; it has {', '.join(self.points(step))}")
-        digest = identity_digest(self.identity)
-        pieces = [_read_shard(self.folder / shard.file, shard, digest) for shard in shards]
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            raise self._no_point(step, point, self.points(step))
+        return ActivationArray(self.folder, tuple(shards), self._digest)
+
+    def read(self, step: int, point: str) -> Tensor:
+        """States of one point at one step, in the number format on disk; first axis sequences. Raises UserError."""
+        return self.array(step, point)[:]
+
+    def statistics(self, step: int, point: str) -> PointStatistics:
+        """Statistics of one point at one step. Raises UserError if there are none, or their file is damaged."""
+        if point not in self.points_with_statistics(step):
+            raise self._no_point(step, f"statistics of {point}", self.points_with_statistics(step))
+        files = self._manifest.statistics_in_force(step)
+        path = self.folder / files[point].file
+        with _Opened(path, self._digest, point, step) as file:
+            return from_tensors({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118 - not a dict
+
+    def _no_point(self, step: int, wanted: str, there: Sequence[str]) -> UserError:
+        return UserError(f"{self.folder}: step {step} has no point {wanted!r}; it has {', '.join(there) or 'none'}")
 
     def _shards(self, step: int) -> list[Shard]:
         if step not in self._manifest.complete:
@@ -339,36 +92,73 @@ class ActivationStore:
         return self._manifest.in_force(step)
 
 
-def _read_shard(path: Path, shard: Shard, digest: str) -> Tensor:
-    again = f"record step {shard.step} again"
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensor = file.get_tensor(_TENSOR)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: this shard is missing; {again}") from error
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: this shard is truncated or damaged ({error}); {again}") from error
-    if metadata.get("model") != digest or (metadata.get("point"), metadata.get("step")) != (shard.point, str(shard.step)):
-        raise UserError(f"{path}: this shard is of another model, step or point than the manifest says; {again}")
-    if tuple(tensor.shape) != shard.shape or str(tensor.dtype) != f"torch.{shard.dtype}":
-        raise UserError(
-            f"{path}: holds {tuple(tensor.shape)} {tensor.dtype}, the manifest says {shard.shape} {shard.dtype}; {again}"
-        )
-    return tensor
+@dataclass(frozen=True)
+class ActivationArray:
+    """The shards of one point as one array, of which only the rows that are asked for are read."""
+
+    folder: Path
+    shards: tuple[Shard, ...]
+    digest: str
+
+    def __len__(self) -> int:
+        return self.shards[-1].last_row
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """First axis sequences."""
+        return (len(self), *self.shards[0].shape[1:])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format on disk."""
+        return getattr(torch, self.shards[0].dtype)
+
+    def __getitem__(self, rows: slice) -> Tensor:
+        """Consecutive sequences, as `array[100:200]`. Raises UserError if a shard that is read is missing or damaged."""
+        start, stop, stride = rows.indices(len(self))
+        if stride != 1:
+            raise ValueError(f"expected consecutive rows, got a stride of {stride}")
+        pieces = [
+            self._rows_of(shard, max(start - shard.first_row, 0), stop - shard.first_row)
+            for shard in self.shards
+            if shard.first_row < stop and start < shard.last_row
+        ]
+        if not pieces:
+            return torch.empty(0, *self.shape[1:], dtype=self.dtype)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _rows_of(self, shard: Shard, start: int, stop: int) -> Tensor:
+        path = self.folder / shard.file
+        with _Opened(path, self.digest, shard.point, shard.step) as file:
+            stored = file.get_slice(TENSOR)
+            shape, dtype = tuple(stored.get_shape()), stored[:0].dtype
+            if shape != shard.shape or str(dtype) != f"torch.{shard.dtype}":
+                raise UserError(
+                    f"{path}: holds {shape} {dtype}, the manifest says {shard.shape} {shard.dtype}; "
+                    f"record step {shard.step} again"
+                )
+            return stored[start : min(stop, shape[0])]
 
 
-def _remove_unfinished(folder: Path, complete: Mapping[int, int]) -> None:
-    """Remove what a kill left behind: takes that were begun only, and takes that a later one has replaced."""
-    for step_folder in folder.glob("step-*"):
-        number = step_folder.name.removeprefix("step-")
-        if number.isdecimal():
-            _remove_other_takes(folder, int(number), complete.get(int(number)))
-            if not any(step_folder.iterdir()):
-                step_folder.rmdir()
+class _Opened:
+    """A safetensors file that must be of this model, point and step, inside a `with` block; all that is wrong is a UserError."""
 
+    def __init__(self, path: Path, digest: str, point: str, step: int) -> None:
+        self._path, self._step = path, step
+        self._metadata = {"model": digest, "point": point, "step": str(step)}
 
-def _remove_other_takes(folder: Path, step: int, kept: int | None) -> None:
-    for take in (folder / f"step-{step}").glob("take-*"):
-        if take.name != f"take-{kept}":
-            shutil.rmtree(take)
+    def __enter__(self) -> Any:
+        again = f"record step {self._step} again"
+        try:
+            file = safe_open(self._path, framework="pt")
+        except FileNotFoundError as error:
+            raise UserError(f"{self._path}: this shard is missing; {again}") from error
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{self._path}: this shard is truncated or damaged ({error}); {again}") from error
+        if (file.metadata() or {}) != self._metadata:
+            raise UserError(f"{self._path}: this shard is of another model, step or point than the manifest says; {again}")
+        return file
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: Any) -> None:
+        if isinstance(error, SafetensorError | KeyError):
+            raise UserError(f"{self._path}: damaged ({error}); record step {self._step} again") from error

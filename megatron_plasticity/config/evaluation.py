@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from megatron_plasticity.config.base import Section, neutral
-from megatron_plasticity.config.training import TaskConfig
+from megatron_plasticity.config.base import Section, added_later, neutral
+from megatron_plasticity.config.tasks import TaskConfig
 
 
 class RewardConfig(Section):
@@ -19,6 +19,11 @@ class RewardConfig(Section):
     short answers and exists for tests and the quickstart; `none` leaves the two metrics out."""
     model: str | None = None
     """For `sequence_classifier`: a local folder or a hub name."""
+    max_length: PositiveInt | None = added_later(None)
+    """For `sequence_classifier`: longest conversation in tokens, chat template included. Of a longer one the end is cut off, and
+    the results say how many were. null takes the longest that the model can read."""
+    batch_size: PositiveInt = added_later(16)
+    """For `sequence_classifier`: conversations scored side by side."""
 
 
 class EvaluateRecipe(Section):
@@ -28,10 +33,27 @@ class EvaluateRecipe(Section):
     """Samples per question in the sampled pass, K of maj@K and pass@K."""
     temperature: float = Field(default=1.0, gt=0)
     """Temperature of the sampled pass."""
+    top_p: float = added_later(1.0, gt=0, le=1)
+    """Sampled pass: only the likeliest tokens whose probabilities add up to this (1904.09751); 1 takes all."""
+    top_k: PositiveInt | None = added_later(None)
+    """Sampled pass: only so many of the likeliest tokens; null takes all."""
+    repetition_penalty: float = added_later(1.0, gt=0)
+    """Both passes: logits of tokens that occurred are divided (if positive) or multiplied by this (1909.05858); 1 is off."""
+    stop: tuple[str, ...] = added_later(())
+    """Both passes: an answer ends before the token that begins one of these texts."""
     max_new_tokens: PositiveInt = 256
     """Longest answer in tokens."""
+    long_prompts: Literal["refuse", "count_as_wrong"] = added_later("refuse")
+    """What becomes of questions that leave no room for an answer: nothing is evaluated, or they count as wrong."""
+    paper_compat: bool = added_later(False)
+    """Evaluate as the paper's public code does: repetition penalty 1.1, stop texts "Human" and "Assistant", prompt and answer
+    2048 tokens together, and its rules of reading and comparing answers. Scores by our own rules stand beside them."""
+    backend: Literal["native", "vllm"] = added_later("native")
+    """What generates: our own sampler, or vLLM on a Hugging Face export of the model (GPU only, and not every head size)."""
     batch_size: PositiveInt = 64
     """Sequences decoded side by side."""
+    compile: bool = neutral(False)
+    """Compile the decoding step of the native sampler with torch.compile; pays off on a GPU."""
     template: str = "Human: {prompt}\nAssistant:"
     """Prompt template; must be the one of fine-tuning."""
     reward: RewardConfig = RewardConfig()
@@ -42,6 +64,23 @@ class EvaluateRecipe(Section):
     """Seed of the samples."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to run."""
+
+    @model_validator(mode="after")
+    def _settings_go_together(self) -> EvaluateRecipe:
+        problems = []
+        if self.paper_compat:
+            problems += [
+                f"`{name}` is decided by `paper_compat`; leave one of the two out"
+                for name in ("top_p", "top_k", "repetition_penalty", "stop")
+                if getattr(self, name) != type(self).model_fields[name].default
+            ]
+        if any(not text for text in self.stop):
+            problems.append("`stop` holds an empty text, which every answer contains")
+        if self.backend == "vllm" and self.compile:
+            problems.append("`compile` is a setting of the native sampler; vLLM compiles by itself")
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
 
 class EvaluateConfig(EvaluateRecipe):

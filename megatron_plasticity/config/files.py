@@ -67,6 +67,17 @@ def atomic_folder(path: Path) -> Iterator[Path]:
         raise
 
 
+def point_link_at(folder: Path, name: str) -> bool:
+    """Let the link `name` beside `folder` lead to it, in one step. False, with nothing changed, if that is no link's name."""
+    link = folder.parent / name
+    if link.exists() and not link.is_symlink():
+        return False
+    temporary = folder.parent / f".{name}.{os.getpid()}.tmp"
+    temporary.symlink_to(folder.name, target_is_directory=True)
+    os.replace(temporary, link)
+    return True
+
+
 def sha256_file(path: Path) -> str:
     """Hex SHA-256 of a file's bytes, read in pieces."""
     digest = hashlib.sha256()

@@ -17,7 +17,13 @@ from typing import Any
 
 from pydantic.fields import FieldInfo
 
-from megatron_plasticity.config.analysis import AttentionConfig, OverfittingConfig, ProbesConfig
+from megatron_plasticity.config.analysis import (
+    AttentionConfig,
+    ModelCaptureConfig,
+    OverfittingConfig,
+    ProbesConfig,
+    TruncationConfig,
+)
 from megatron_plasticity.config.base import ADDED_LATER, AFFECTS_RESULTS, Section
 from megatron_plasticity.config.data import CorpusConfig
 from megatron_plasticity.config.evaluation import EvaluateConfig, HarnessConfig
@@ -34,8 +40,10 @@ KINDS: dict[str, type[Section]] = {
     "finetune": FinetuneConfig,
     "evaluate": EvaluateConfig,
     "harness": HarnessConfig,
+    "capture": ModelCaptureConfig,
     "probes": ProbesConfig,
     "attention": AttentionConfig,
+    "truncation": TruncationConfig,
     "overfitting": OverfittingConfig,
     "study": StudyConfig,
 }
@@ -46,10 +54,12 @@ RESULTS_VERSION: dict[str, int] = {
     "pretrain": 1,
     "import": 1,
     "finetune": 1,
-    "evaluate": 1,
+    "evaluate": 2,
     "harness": 1,
+    "capture": 1,
     "probes": 1,
     "attention": 1,
+    "truncation": 1,
     "overfitting": 1,
     "study": 1,
 }

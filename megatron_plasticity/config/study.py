@@ -12,7 +12,8 @@ from megatron_plasticity.config.base import Section, added_later, neutral
 from megatron_plasticity.config.data import CorpusConfig
 from megatron_plasticity.config.evaluation import EvaluateRecipe
 from megatron_plasticity.config.interchange import ImportedBase
-from megatron_plasticity.config.training import FinetuneRecipe, TaskConfig
+from megatron_plasticity.config.tasks import TaskConfig
+from megatron_plasticity.config.training import FinetuneRecipe
 
 
 class ResourcesConfig(Section):
@@ -23,7 +24,7 @@ class ResourcesConfig(Section):
     threads: PositiveInt = neutral(1)
     """CPU threads of each run. Results are bit-equal for equal thread counts only: sums are split over threads."""
     processes_per_run: PositiveInt = neutral(1)
-    """Ranks of each training run; more than one goes through the deepspeed launcher."""
+    """Ranks of each training run and each evaluation; more than one goes through the deepspeed launcher."""
 
 
 class StudyConfig(Section):
@@ -45,6 +46,12 @@ class StudyConfig(Section):
     """Tasks on which each base model is fine-tuned."""
     finetune: FinetuneRecipe | None = None
     """How to fine-tune; needed when there are tasks."""
+    finetune_axes: dict[str, tuple[Any, ...]] = added_later({})
+    """Ways to fine-tune each base model on each task: config path of `finetune` → values, such as
+    `optimizer.learning_rate: [1.0e-5, 3.0e-5]`. Runs that differ in `seed` alone are repeats of one way, and are averaged."""
+    finetune_steps: tuple[PositiveInt, ...] = added_later(())
+    """Pretraining steps besides the last one from whose checkpoints to fine-tune and to evaluate as well; `base` must write
+    checkpoints at them (`checkpoint.every_steps`)."""
     evaluate: EvaluateRecipe | None = None
     """How to evaluate base models and fine-tuned models; needed when there are tasks."""
     analyses: AnalysesConfig = AnalysesConfig()
@@ -54,7 +61,7 @@ class StudyConfig(Section):
     mlflow: bool = neutral(True)
     """Mirror every run to MLflow (`MLFLOW_TRACKING_URI`, else `mlflow.db` in the study's folder)."""
 
-    @field_validator("axes")
+    @field_validator("axes", "finetune_axes")
     @classmethod
     def _axes_have_values(cls, value: dict[str, tuple[Any, ...]]) -> dict[str, tuple[Any, ...]]:
         for path, values in value.items():
@@ -62,6 +69,13 @@ class StudyConfig(Section):
                 raise ValueError(f"axis {path!r} has no values")
             if len({repr(v) for v in values}) != len(values):
                 raise ValueError(f"axis {path!r} repeats a value")
+        return value
+
+    @field_validator("finetune_steps")
+    @classmethod
+    def _steps_are_different(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(value)) != len(value):
+            raise ValueError("a step is named twice")
         return value
 
     @model_validator(mode="after")
@@ -73,8 +87,18 @@ class StudyConfig(Section):
                 for name in ("base", "axes", "corpus")
                 if getattr(self, name)
             ]
+            if self.finetune_steps:
+                problems.append(
+                    "`finetune_steps`: a model that was pretrained elsewhere has one checkpoint, its last; leave it out"
+                )
         elif not (self.base and self.axes):
             problems.append("state `base` and `axes` (a grid of pretraining runs), or `bases` (models pretrained elsewhere)")
+        if not self.tasks:
+            problems += [
+                f"`{name}` is about fine-tuning, and without `tasks` nothing is fine-tuned; leave it out"
+                for name in ("finetune_axes", "finetune_steps")
+                if getattr(self, name)
+            ]
         if problems:
             raise ValueError("\n".join(problems))
         return self

@@ -94,6 +94,25 @@ def _stages_fit_the_layers(recipe: TrainingRecipe, model: ModelConfig | None) ->
     return None
 
 
+def _packed_pipeline(recipe: TrainingRecipe, model: ModelConfig | None) -> Problem | None:
+    if recipe.parallel.pipeline > 1 and getattr(recipe, "batching", None) == "packed":
+        return (
+            f"batching: packed does not go with parallel.pipeline={recipe.parallel.pipeline}; use batching: by_length, "
+            "or pipeline 1 with tensor parallelism or ZeRO 3"
+        )
+    return None
+
+
+def _adapters_of_parts(recipe: TrainingRecipe, model: ModelConfig | None) -> Problem | None:
+    parallel = recipe.parallel
+    if getattr(recipe, "lora", None) is not None and parallel.model_parallel_size > 1:
+        return (
+            f"lora does not go with parallel.tensor={parallel.tensor}, parallel.pipeline={parallel.pipeline}; use data "
+            "parallelism with engine.zero_stage: 3, which splits the frozen weights over the ranks too"
+        )
+    return None
+
+
 SUPPORT: tuple[Row, ...] = (
     Row("ZeRO 0–3 × data parallelism, fp32 or bf16", "works", "equal to one process"),
     Row("ZeRO 0–3 × tensor parallelism, with or without sequence parallelism", "works", "equal to one process"),
@@ -140,6 +159,29 @@ SUPPORT: tuple[Row, ...] = (
         "refused",
         "ZeRO 3 steps once per sub-group, and apex would count each as a step",
         _apex_counts_steps_per_group,
+    ),
+    Row(
+        "fine-tuning batched as drawn or by length",
+        "works",
+        "with every layout above; by length only the order of summation differs",
+    ),
+    Row(
+        "packed fine-tuning × ZeRO 0–3 × data, tensor and sequence parallelism",
+        "works",
+        "equal to unpacked: attention stays within each example, and positions restart with it",
+    ),
+    Row(
+        "packed fine-tuning × pipeline",
+        "refused",
+        "DeepSpeed's stages hand on the residual stream alone, and later ones would not know where examples begin",
+        _packed_pipeline,
+    ),
+    Row("LoRA × ZeRO 0–3 × data parallelism, with every batching", "works", "equal to one process"),
+    Row(
+        "LoRA × tensor parallelism or pipeline",
+        "refused",
+        "adapters are matrices of whole projections; with the weights frozen there are few optimizer states to split",
+        _adapters_of_parts,
     ),
 )
 

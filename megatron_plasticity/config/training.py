@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from megatron_plasticity.config.analysis import CaptureConfig
-from megatron_plasticity.config.base import Section, neutral
+from megatron_plasticity.config.base import Section, added_later, neutral
 from megatron_plasticity.config.data import DataConfig
 from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.config.parallel import ParallelConfig
 from megatron_plasticity.config.support import unsupported
+from megatron_plasticity.config.tasks import TaskConfig
 
 DecayScope = Literal["all", "no_token_embedding", "matrices", "patterns"]
+Batching = Literal["as_drawn", "by_length", "packed"]
+Projection = Literal["q_proj", "k_proj", "v_proj", "out_proj", "gate_proj", "up_proj", "down_proj"]
+PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 
 
 class DecayPattern(Section):
@@ -235,6 +239,31 @@ class PretrainConfig(TrainingRecipe):
         return adamw_timescale(self.optimizer.decay_per_step(self.weight_decay, self.optimizer.learning_rate), self.total_steps)
 
 
+class LoraConfig(Section):
+    """Low-rank adapters (2106.09685): W stays as it is, and W + (alpha/rank)·B·A is used, of which A and B are trained.
+
+    There is no dropout: nothing in our training is random, which is what makes runs repeatable and layouts comparable."""
+
+    rank: PositiveInt = 8
+    """Rows of A and columns of B."""
+    alpha: PositiveInt = 16
+    """The product B·A counts alpha/rank times."""
+    targets: tuple[Projection, ...] = PROJECTIONS
+    """Projections that get adapters, in every layer."""
+
+    @field_validator("targets")
+    @classmethod
+    def _targets_are_some_and_different(cls, value: tuple[Projection, ...]) -> tuple[Projection, ...]:
+        if not value or len(set(value)) < len(value):
+            raise ValueError("name at least one projection, and each once")
+        return value
+
+    @property
+    def scaling(self) -> float:
+        """What B·A is multiplied by."""
+        return self.alpha / self.rank
+
+
 class FinetuneRecipe(TrainingRecipe):
     """How to fine-tune, whatever the base and the task."""
 
@@ -244,6 +273,13 @@ class FinetuneRecipe(TrainingRecipe):
     """Longest example in tokens, prompt and response; longer ones are truncated at the end."""
     template: str = "Human: {prompt}\nAssistant:"
     """Text before the response; the response and an end-of-text token follow it."""
+    batching: Batching = added_later("as_drawn")
+    """How a global batch becomes micro-batches: `as_drawn` pads each to its longest example (the paper's), `by_length` brings
+    examples of similar length together first, `packed` puts a micro-batch's examples end to end without any padding."""
+    lora: LoraConfig | None = added_later(None)
+    """Train low-rank adapters instead of the weights; checkpoints hold the weights with the adapters merged into them."""
+    capture: CaptureConfig | None = added_later(None)
+    """Activations to dump during training."""
 
     @field_validator("template")
     @classmethod
@@ -251,19 +287,6 @@ class FinetuneRecipe(TrainingRecipe):
         if value.count("{prompt}") != 1:
             raise ValueError("the template must contain {prompt} exactly once")
         return value
-
-
-class TaskConfig(Section):
-    """One task of fine-tuning and evaluation."""
-
-    name: str
-    """Name in the task registry."""
-    train_examples: PositiveInt = 1000
-    """Number of training examples."""
-    test_examples: PositiveInt = 200
-    """Number of test questions."""
-    seed: int = 42
-    """Seed of the choice of examples."""
 
 
 class FinetuneConfig(FinetuneRecipe):

@@ -21,7 +21,6 @@ from typing import Literal
 
 from megatron_plasticity.data.problems.split import on_test_side
 from megatron_plasticity.data.reviews import draw_review
-from megatron_plasticity.errors import UserError
 
 Split = Literal["train", "test"]
 
@@ -48,7 +47,7 @@ _BLANK_LINES = re.compile(r"\n\s*\n")
 class LabelledText:
     text: str
     label: int
-    """Index into `label_names`."""
+    """Index into the names of the classes."""
 
 
 @dataclass(frozen=True)
@@ -60,18 +59,14 @@ class SourceDocument:
 
 
 def label_names(name: str) -> tuple[str, ...]:
-    """Classes of a labelled set, by label. Raises `UserError` for an unknown set."""
-    if name == "topic":
-        return tuple(_SUBJECTS)
-    if name == "polarity":
-        return _POLARITIES
-    raise UserError(f"unknown labelled text set {name!r}: the sets are 'topic' and 'polarity'")
+    """Classes of one of the two sets, by label."""
+    return {"topic": tuple(_SUBJECTS), "polarity": _POLARITIES}[name]
 
 
 def labelled_texts(name: str, split: Split, count: int, seed: int) -> list[LabelledText]:
     """Up to `count` distinct texts in an order drawn from `seed`, the classes in equal numbers (up to one text).
 
-    Fewer come back when the set has fewer: check the length. Raises `UserError` for an unknown set.
+    Fewer come back when the set has fewer: check the length.
     """
     classes = len(label_names(name))
     wanted = [count // classes + (label < count % classes) for label in range(classes)]

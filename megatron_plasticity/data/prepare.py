@@ -7,11 +7,10 @@ when everything in it is complete; its manifest says what went in and pins down 
 from __future__ import annotations
 
 import logging
-import os
 from pathlib import Path
 
 from megatron_plasticity.config.data import CorpusConfig
-from megatron_plasticity.config.files import atomic_folder
+from megatron_plasticity.config.files import atomic_folder, point_link_at
 from megatron_plasticity.config.hashing import config_hash
 from megatron_plasticity.data.embedded import EmbeddedCorpus
 from megatron_plasticity.data.manifest import HELD_OUT, MANIFEST_FILE, TOKENIZER_FILE, TRAIN, advice, read_manifest
@@ -75,10 +74,5 @@ def _point_name_at(folder: Path, name: str) -> None:
 
     What a run was trained on stays certain: the hash of the manifest enters the run's own.
     """
-    link = folder.parent / name
-    if link.exists() and not link.is_symlink():
-        _log.warning("%s is in the way of a link to %s; name the corpus by its full folder", link, folder.name)
-        return
-    temporary = folder.parent / f".{name}.{os.getpid()}.tmp"
-    temporary.symlink_to(folder.name, target_is_directory=True)
-    os.replace(temporary, link)
+    if not point_link_at(folder, name):
+        _log.warning("%s is in the way of a link to %s; name the corpus by its full folder", folder.parent / name, folder.name)

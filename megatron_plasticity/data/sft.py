@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from megatron_plasticity.data.micro_batch import MicroBatch
 from megatron_plasticity.data.tokenizer import Tokenizer
 from megatron_plasticity.models.loss import IGNORE
 
@@ -26,6 +27,11 @@ class EncodedExample:
     def response_length(self) -> int:
         """Number of ids that are learned; 0 when the prompt alone fills the longest length."""
         return len(self.ids) - self.prompt_length
+
+    @property
+    def input_length(self) -> int:
+        """Number of ids that are read: all but the last, after which nothing is predicted."""
+        return len(self.ids) - 1
 
 
 def render_prompt(template: str, prompt: str) -> str:
@@ -48,26 +54,52 @@ def encode_examples(
     return [_join(tokenizer, prompt, response, max_length) for prompt, response in zip(prompts, responses, strict=True)]
 
 
-def collate(examples: Sequence[EncodedExample], pad_id: int, multiple_of: int = 1) -> tuple[Tensor, Tensor]:
-    """Inputs and targets of a batch: two int64 tensors [B, S], S one less than the longest example's ids, or the next multiple of
-    `multiple_of`, as sequence parallelism wants it.
+def collate(examples: Sequence[EncodedExample], pad_id: int, multiple_of: int = 1) -> MicroBatch:
+    """One example a row: [B, S], S one less than the longest example's ids, or the next multiple of `multiple_of`, as sequence
+    parallelism wants it.
 
     Shorter examples are padded on the right, with `pad_id` in the inputs and IGNORE in the targets, which under causal attention
     leaves the other positions untouched. Targets are the inputs shifted by one, and IGNORE where they belong to the prompt.
     Raises ValueError for an empty batch or when no example has two ids.
     """
-    length = max((len(example.ids) for example in examples), default=0) - 1
-    if length < 1:
-        raise ValueError("a batch needs an example of at least two ids")
-    length = -(-length // multiple_of) * multiple_of
+    length = _next_multiple(max((example.input_length for example in examples), default=0), multiple_of)
     inputs = torch.full((len(examples), length), pad_id, dtype=torch.int64)
     targets = torch.full((len(examples), length), IGNORE, dtype=torch.int64)
     for row, example in enumerate(examples):
-        ids = torch.tensor(example.ids, dtype=torch.int64)
-        inputs[row, : len(ids) - 1] = ids[:-1]
-        first = max(1, example.prompt_length)  # id 0 is nobody's target
-        targets[row, first - 1 : len(ids) - 1] = ids[first:]
-    return inputs, targets
+        _write(example, inputs[row], targets[row])
+    return MicroBatch(inputs, targets)
+
+
+def pack(examples: Sequence[EncodedExample], pad_id: int, multiple_of: int = 1) -> MicroBatch:
+    """The same examples end to end in one row [1, S], S the sum of their inputs: no padding, but to a multiple of `multiple_of`.
+
+    `segments` says where each example ends, so that the model can keep them apart; what is padded is a segment of its own. Raises
+    ValueError as `collate`.
+    """
+    segments = [example.input_length for example in examples if example.input_length > 0]
+    length = _next_multiple(sum(segments), multiple_of)
+    inputs = torch.full((1, length), pad_id, dtype=torch.int64)
+    targets = torch.full((1, length), IGNORE, dtype=torch.int64)
+    start = 0
+    for example in examples:
+        _write(example, inputs[0, start:], targets[0, start:])
+        start += example.input_length
+    padding = [length - start] if length > start else []
+    return MicroBatch(inputs, targets, (*segments, *padding))
+
+
+def _write(example: EncodedExample, inputs: Tensor, targets: Tensor) -> None:
+    """Put an example at the beginning of two rows that are long enough."""
+    ids = torch.tensor(example.ids, dtype=torch.int64)
+    inputs[: example.input_length] = ids[:-1]
+    first = max(1, example.prompt_length)  # id 0 is nobody's target
+    targets[first - 1 : example.input_length] = ids[first:]
+
+
+def _next_multiple(length: int, multiple_of: int) -> int:
+    if length < 1:
+        raise ValueError("a batch needs an example of at least two ids")
+    return -(-length // multiple_of) * multiple_of
 
 
 def _join(tokenizer: Tokenizer, prompt: list[int], response: list[int], max_length: int) -> EncodedExample:

@@ -1,249 +1,239 @@
-"""Evaluating one model on test sets: prompts, a greedy and a sampled pass, grading, rewards, metrics."""
+"""Evaluating one model on the test sets of tasks: a greedy and a sampled pass, grading, rewards, metrics."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 
-from megatron_plasticity.config.evaluation import EvaluateRecipe, RewardConfig
-from megatron_plasticity.config.training import TaskConfig
+from megatron_plasticity.config.evaluation import EvaluateRecipe
+from megatron_plasticity.config.tasks import TaskConfig
 from megatron_plasticity.data.sft import render_prompt
-from megatron_plasticity.data.tokenizer import Tokenizer, check_tokenizer_fits
+from megatron_plasticity.data.tokenizer import Tokenizer
 from megatron_plasticity.errors import UserError
-from megatron_plasticity.evaluation.extraction import extract_answer
-from megatron_plasticity.evaluation.grading import Grader, plain_words
-from megatron_plasticity.evaluation.metrics import Outcomes, bootstrap_metrics, cluster_answers, question_values
+from megatron_plasticity.evaluation.grading import Grader
+from megatron_plasticity.evaluation.responses import Question, answer_questions, room_for_prompts, sampling_parameters
 from megatron_plasticity.evaluation.rewards import RewardScorer, make_scorer
-from megatron_plasticity.evaluation.sampler import check_prompts, generate
-from megatron_plasticity.evaluation.streams import derived_seed
-from megatron_plasticity.evaluation.tasks import Example, Task, get_task
-from megatron_plasticity.models.transformer import Transformer
+from megatron_plasticity.evaluation.sampling import Generator
+from megatron_plasticity.evaluation.tasks.registry import get_task
+from megatron_plasticity.evaluation.tasks.task import Example, questions_of
+from megatron_plasticity.evaluation.verdicts import Verdicts, judge, task_metrics
+from megatron_plasticity.parallel.grid import ProcessGrid
 
 if TYPE_CHECKING:
     from megatron_plasticity.tracking.progress import Progress
 
 EXAMPLES_SHOWN = 3
+_GRADERS = 4
+"""Most processes that compare mathematics or run programs."""
 
-
-@dataclass(frozen=True)
-class Answer:
-    """One response to one question, read and graded."""
-
-    text: str
-    extracted: str | None
-    correct: bool
-    reward: float | None = None
+GeneratorFactory = Callable[[], Generator]
 
 
 @dataclass(frozen=True)
 class _TestSet:
-    """A task's questions, encoded and known to fit the model."""
+    """Questions, encoded and known to fit the model."""
 
-    task: Task
-    examples: list[Example]
-    prompts: list[list[int]]
+    name: str
+    questions: tuple[Question, ...]
+    sha256: str
+
+    @property
+    def examples(self) -> list[Example]:
+        return [question.example for question in self.questions]
+
+
+@dataclass(frozen=True)
+class _AskedTask:
+    name: str
+    test_sets: tuple[_TestSet, ...]
 
 
 def evaluate_model(
-    model: Transformer,
+    make_generator: GeneratorFactory,
     tokenizer: Tokenizer,
+    context_length: int,
     recipe: EvaluateRecipe,
     tasks: Sequence[TaskConfig],
-    device: torch.device | str = "cpu",
+    grid: ProcessGrid,
     progress: Progress | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Ask the model every test question once greedily and `recipe.samples` times at `recipe.temperature`.
+    """Ask the model every test question once greedily and `recipe.samples` times at `recipe.temperature`. A collective.
 
-    Returns the content of `results.json` and the rows of `samples.jsonl`, one per response:
-    `{"task", "question" (its id), "pass": "greedy" | "sampled", "sample", "text", "extracted", "correct", "reward"}`.
-    In the results each task has its metrics (`metrics.py`; one that is undefined is absent), the `chance` of the questions asked
-    (`chance_of`), their `questions_sha256` (`questions_sha256`), the greedy pass's `most_common_answer`, correctness per question
-    in both passes, the `grader` and, if there was one, the `reward` scorer. The model is moved to `device` and stays there.
+    Returns, on the main process, the content of `results.json` and the rows of `samples.parquet` (see `samples.py`), and two
+    empty collections on the others.
+
+    In the results each task has `test_sets`, each with its metrics (`metrics.py`; one that is undefined is absent), its scores by
+    group, the `chance` of the questions asked (`chance_of`), their `questions_sha256`, correctness per question in both passes,
+    the `most_common_answer` of the greedy pass, the `grader`, and what the other rules of grading would have given. The task
+    itself has the plain mean of its test sets' metrics, and their questions end to end. A test set that several tasks share is
+    asked once.
 
     Raises UserError before anything is generated if a task is unknown or named twice, the template is unusable, or a prompt is
     too long for the model's context.
     """
-    check_tokenizer_fits(tokenizer, model.config)
-    test_sets = _prepare(tokenizer, recipe, tasks, model.config.context_length)
-    scorer = make_scorer(recipe.reward, device)
-    model.to(device)
-    answers_per_question = 1 + recipe.samples
-    whole = _Whole(progress, total=answers_per_question * sum(len(test_set.examples) for test_set in test_sets))
-    results: dict[str, Any] = {"tasks": {}, "examples": {}}
+    asked = _prepare(tokenizer, recipe, tasks, context_length)
+    scorer = make_scorer(recipe.reward, grid.device)
+    generator = make_generator()
+    distinct = {test_set.sha256: test_set for task in asked for test_set in task.test_sets}
+    answers = sum(question.fits for test_set in distinct.values() for question in test_set.questions) * (1 + recipe.samples)
+    whole = _Whole(progress, answers, grid.data_size)
+    results: dict[str, Any] = {"rules": "paper" if recipe.paper_compat else "own", "tasks": {}, "examples": {}}
     rows: list[dict[str, Any]] = []
-    with Grader() as grader:
-        for test_set in test_sets:
-            name = test_set.task.name
-            greedy = _ask(model, tokenizer, recipe, test_set, 1, 0.0, grader, None, whole)
-            sampled = _ask(model, tokenizer, recipe, test_set, recipe.samples, recipe.temperature, grader, scorer, whole)
-            results["tasks"][name] = _task_results(test_set, recipe, [row[0] for row in greedy], sampled, grader)
-            results["examples"][name] = [
-                _shown(example, row[0]) for example, row in list(zip(test_set.examples, greedy, strict=True))[:EXAMPLES_SHOWN]
-            ]
-            rows += [*_sample_rows(test_set, "greedy", greedy), *_sample_rows(test_set, "sampled", sampled)]
+    judged: dict[str, Verdicts] = {}
+    with Grader(workers=min(_GRADERS, os.cpu_count() or 1)) as grader:
+        for task in asked:
+            for test_set in task.test_sets:
+                if test_set.sha256 in judged:
+                    continue
+                verdicts = _ask(generator, tokenizer, recipe, test_set, grader, scorer, grid, whole)
+                if verdicts is not None:
+                    judged[test_set.sha256] = verdicts
+            if grid.is_main:
+                of_task = {test_set.name: judged[test_set.sha256] for test_set in task.test_sets}
+                results["tasks"][task.name] = _task_results(task, of_task, recipe)
+                results["examples"][task.name] = [shown for v in of_task.values() for shown in v.shown(EXAMPLES_SHOWN)]
+                rows += [row for name, v in of_task.items() for row in v.rows(task.name, name)]
+    cut = grid.gather(scorer.cut if scorer is not None else 0)
+    if cut is None:
+        return {}, []
+    if any(cut):
+        results["rewarded_conversations_cut"] = sum(cut)
     return results, rows
 
 
 def chance_of(examples: Sequence[Example]) -> float:
     """Accuracy on these questions without understanding: of the best constant answer or, if better, of a uniform guess among the
     options."""
-    constant = Counter(example.answer for example in examples).most_common(1)[0][1] / len(examples)
+    constant = Counter(example.reference.answer for example in examples).most_common(1)[0][1] / len(examples)
     uniform = sum(1 / len(example.choices) for example in examples if example.choices) / len(examples)
     return max(constant, uniform)
 
 
 def questions_sha256(examples: Sequence[Example]) -> str:
-    """SHA-256 of the questions' ids, prompts and answers in their order: equal if and only if the same questions were asked."""
-    content = [[example.id, example.prompt, example.answer] for example in examples]
+    """SHA-256 of the questions' ids, prompts and references in their order: equal if and only if the same questions were asked
+    and graded alike."""
+    content = [[example.id, example.prompt, *astuple(example.reference)] for example in examples]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _prepare(tokenizer: Tokenizer, recipe: EvaluateRecipe, tasks: Sequence[TaskConfig], context_length: int) -> list[_TestSet]:
+def _prepare(tokenizer: Tokenizer, recipe: EvaluateRecipe, tasks: Sequence[TaskConfig], context_length: int) -> list[_AskedTask]:
     if recipe.template.count("{prompt}") != 1:
         raise UserError(f"template={recipe.template!r} must contain {{prompt}} exactly once")
     names = [config.name for config in tasks]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise UserError(f"tasks: {', '.join(repeated)} listed more than once; results are kept by task name")
-    test_sets = []
+    room = room_for_prompts(recipe, context_length)
+    asked = []
     for config in tasks:
-        task = get_task(config.name)
-        examples = task.test(config.test_examples, config.seed)
-        prompts = tokenizer.encode_batch([render_prompt(recipe.template, example.prompt) for example in examples])
-        check_prompts(prompts, context_length, what=f"prompts of task {config.name!r}")
-        test_sets.append(_TestSet(task, examples, prompts))
-    return test_sets
+        test_sets = questions_of(get_task(config), config)
+        asked.append(
+            _AskedTask(
+                config.name,
+                tuple(_encoded(name, examples, tokenizer, recipe, room, config.name) for name, examples in test_sets.items()),
+            )
+        )
+    return asked
+
+
+def _encoded(
+    name: str, examples: Sequence[Example], tokenizer: Tokenizer, recipe: EvaluateRecipe, room: int, task: str
+) -> _TestSet:
+    prompts = tokenizer.encode_batch([render_prompt(recipe.template, example.prompt) for example in examples])
+    questions = tuple(
+        Question(example, tuple(prompt), len(prompt) < room) for example, prompt in zip(examples, prompts, strict=True)
+    )
+    too_long = sum(not question.fits for question in questions)
+    if too_long and (recipe.long_prompts == "refuse" or too_long == len(questions)):
+        raise UserError(
+            f"prompts of task {task!r}: {too_long} of {len(questions)} do not fit; the longest has "
+            f"{max(map(len, prompts))} tokens, but prompt and answer together have room for {room}; "
+            "use a model with a longer context" + ("" if too_long == len(questions) else ", or long_prompts=count_as_wrong")
+        )
+    return _TestSet(name, questions, questions_sha256(examples))
 
 
 def _ask(
-    model: Transformer,
+    generator: Generator,
     tokenizer: Tokenizer,
     recipe: EvaluateRecipe,
     test_set: _TestSet,
-    samples: int,
-    temperature: float,
     grader: Grader,
     scorer: RewardScorer | None,
+    grid: ProcessGrid,
     whole: _Whole,
-) -> list[list[Answer]]:
-    """One pass over the questions: result[question][sample]."""
-    generated = generate(
-        model,
-        test_set.prompts,
-        max_new_tokens=recipe.max_new_tokens,
-        end_of_text=tokenizer.end_of_text,
-        samples=samples,
-        temperature=temperature,
-        seed=derived_seed(recipe.seed, test_set.task.name),
-        batch_size=recipe.batch_size,
-        progress=whole.part(samples * len(test_set.examples)),
-    )
-    texts = [tokenizer.decode(tokens) for row in generated for tokens in row]
-    asked = [example for example in test_set.examples for _ in range(samples)]
-    extracted = [extract_answer(text) for text in texts]
-    pairs = [(answer, example.answer) for answer, example in zip(extracted, asked, strict=True)]
-    correct = grader.grade_all(test_set.task.answer_kind, pairs)
-    rewards = [None] * len(texts) if scorer is None else scorer.score([example.prompt for example in asked], texts)
-    answers = [Answer(*fields) for fields in zip(texts, extracted, correct, rewards, strict=True)]
-    return [answers[start : start + samples] for start in range(0, len(answers), samples)]
+) -> Verdicts | None:
+    """Both passes over a test set, graded on the main process; None on the others."""
+    fitting = sum(question.fits for question in test_set.questions)
+
+    def answers(samples: int, sampled: bool) -> Any:
+        parameters, part = sampling_parameters(recipe, sampled), whole.part(samples * fitting)
+        judge_of_samples = scorer if sampled else None
+        return answer_questions(generator, tokenizer, test_set.questions, samples, parameters, judge_of_samples, grid, part)
+
+    greedy, sampled = answers(1, sampled=False), answers(recipe.samples, sampled=True)
+    if greedy is None or sampled is None:
+        return None
+    return judge(test_set.examples, greedy, sampled, grader, "paper" if recipe.paper_compat else "own")
 
 
-def _task_results(
-    test_set: _TestSet, recipe: EvaluateRecipe, greedy: list[Answer], sampled: list[list[Answer]], grader: Grader
-) -> dict[str, Any]:
-    task = test_set.task
-
-    def same(a: str, b: str) -> bool:
-        return grader.equivalent(task.answer_kind, a, b)
-
-    rewarded = recipe.reward.kind != "none"
-    outcomes = Outcomes(
-        greedy_correct=np.array([answer.correct for answer in greedy]),
-        sampled_correct=np.array([[answer.correct for answer in row] for row in sampled]),
-        clusters=np.array([cluster_answers([answer.extracted for answer in row], same) for row in sampled]),
-        answered=np.array([[answer.extracted is not None for answer in row] for row in sampled]),
-        rewards=np.array([[answer.reward for answer in row] for row in sampled], dtype=np.float64) if rewarded else None,
-    )
-    metrics = bootstrap_metrics(question_values(outcomes), recipe.bootstrap_resamples, derived_seed(recipe.seed, "bootstrap"))
-    results = {
-        "answer_kind": task.answer_kind,
-        "grader": grader.name(task.answer_kind),
-        "questions": len(test_set.examples),
-        "questions_sha256": questions_sha256(test_set.examples),
-        "chance": chance_of(test_set.examples),
-        "most_common_answer": _most_common_answer([answer.extracted for answer in greedy]),
-        "metrics": {name: metric.as_json() for name, metric in metrics.items()},
-        "greedy_correct": outcomes.greedy_correct.astype(int).tolist(),
-        "sampled_correct": outcomes.sampled_correct.astype(int).tolist(),
-    }
-    if rewarded:
-        results["reward"] = _reward_record(recipe.reward)
-    return results
-
-
-def _most_common_answer(extracted: list[str | None]) -> dict[str, Any]:
-    """The answer given most often, as first given but for a final full stop, and its share of all questions.
-
-    A share far above that of the right answers says that the model answers without reading. Answers are compared as words:
-    by value would take math-verify for every pair of questions. The answer is null and its share 0 if no question has one.
-    """
-    answered = [answer for answer in extracted if answer is not None]
-    if not answered:
-        return {"answer": None, "share": 0.0}
-    words, times = Counter(map(plain_words, answered)).most_common(1)[0]
-    first = next(answer for answer in answered if plain_words(answer) == words)
-    return {"answer": first.strip().rstrip("."), "share": times / len(extracted)}
-
-
-def _reward_record(config: RewardConfig) -> dict[str, Any]:
-    return {"kind": config.kind, **({"model": config.model} if config.kind == "sequence_classifier" else {})}
-
-
-def _shown(example: Example, answer: Answer) -> dict[str, Any]:
-    return {
-        "prompt": example.prompt,
-        "response": answer.text,
-        "extracted": answer.extracted,
-        "answer": example.answer,
-        "correct": answer.correct,
-    }
-
-
-def _sample_rows(test_set: _TestSet, which: str, answers: list[list[Answer]]) -> list[dict[str, Any]]:
-    return [
-        {
-            "task": test_set.task.name,
-            "question": example.id,
-            "pass": which,
-            "sample": sample,
-            "text": answer.text,
-            "extracted": answer.extracted,
-            "correct": answer.correct,
-            "reward": answer.reward,
+def _task_results(task: _AskedTask, verdicts: Mapping[str, Verdicts], recipe: EvaluateRecipe) -> dict[str, Any]:
+    test_sets = {}
+    for test_set in task.test_sets:
+        judged = verdicts[test_set.name]
+        test_sets[test_set.name] = {
+            "questions_sha256": test_set.sha256,
+            "chance": chance_of(test_set.examples),
+            **judged.results(recipe.bootstrap_resamples, recipe.seed),
         }
-        for example, row in zip(test_set.examples, answers, strict=True)
-        for sample, answer in enumerate(row)
-    ]
+    first, *others = test_sets.values()
+    whole = dict(first)  # a single test set is its task
+    if others:
+        parts = list(test_sets.values())
+        digests = json.dumps([part["questions_sha256"] for part in parts])
+        whole = {
+            "answer_kind": _joined(part["answer_kind"] for part in parts),
+            "grader": _joined(part["grader"] for part in parts),
+            "questions": sum(part["questions"] for part in parts),
+            "questions_sha256": hashlib.sha256(digests.encode()).hexdigest(),
+            "chance": float(np.mean([part["chance"] for part in parts])),
+            "metrics": task_metrics(verdicts, recipe.bootstrap_resamples, recipe.seed),
+            "greedy_correct": [correct for part in parts for correct in part["greedy_correct"]],
+            "sampled_correct": [correct for part in parts for correct in part["sampled_correct"]],
+        }
+    if recipe.reward.kind != "none":
+        whole["reward"] = {"kind": recipe.reward.kind, **({"model": recipe.reward.model} if recipe.reward.model else {})}
+    per_question = ("greedy_correct", "sampled_correct")  # kept once, for the task
+    return {
+        **{key: value for key, value in whole.items() if key not in ("groups", "other_rules")},
+        "test_sets": {
+            name: {key: value for key, value in part.items() if key not in per_question} for name, part in test_sets.items()
+        },
+    }
+
+
+def _joined(names: Any) -> str:
+    return ", ".join(dict.fromkeys(names))
 
 
 class _Whole:
-    """Progress of the whole evaluation, of which each pass knows only its part."""
+    """Progress of the whole evaluation, of which each pass knows only its part; ranks are taken to be equally far."""
 
-    def __init__(self, progress: Progress | None, total: int) -> None:
-        self.progress, self.total, self.before, self.started = progress, total, 0, 0
+    def __init__(self, progress: Progress | None, total: int, ranks: int) -> None:
+        self.progress, self.total, self.ranks, self.before, self.started = progress, total, ranks, 0, 0
 
     def part(self, answers: int) -> Progress | None:
-        """Progress of the next pass, which will give so many answers."""
+        """Progress of the next pass, which will give so many answers on all ranks."""
         self.before, self.started = self.started, self.started + answers
         return self if self.progress is not None else None
 
     def update(self, done: float, total: float, unit: str, **info: float | str) -> None:
         if self.progress is not None:
-            self.progress.update(self.before + done, self.total, unit, **info)
+            self.progress.update(min(self.before + done * self.ranks, self.started), self.total, unit, **info)

@@ -1,25 +1,97 @@
 r"""Reading the answer out of a model's text.
 
-The rules are the paper's and the only ones: correctness, majority vote and format rate all read what `extract_answer` returns.
+Correctness, majority vote and format rate all read what `extract_answer` returns. Under both rules an answer is
 
-1. The content of the last `\boxed{…}`. A box that is never closed (a text cut at its token limit) is not a box.
-2. Without a box, the text after the last "answer is", and if that text has a ":", after its last ":".
-3. Otherwise there is no answer, which counts as wrong. An empty span is no answer either.
+1. the content of the last `\boxed{…}`; without a box,
+2. what follows the last statement of an answer.
+
+Otherwise there is no answer, which counts as wrong. An empty span is no answer either.
+
+| | `own` | `paper`: as the public harness reads it |
+|---|---|---|
+| a last box that never closes (text cut at its limit) | is not a box: the one before it counts | no box counts |
+| an empty last box | no answer | no box counts |
+| `\{` and `\}` in a box | text | braces like any other |
+| a statement of an answer | "answer is", "answer:", in any case, or "####" | "answer is" |
+| where it ends | with its sentence, line or code block, by kind | with the text |
+| multiple choice: a last box without a letter | gives way to a statement with one | counts |
+| a colon in it | stays, but for one right after the phrase | the answer is what follows the last one |
+
+The harness reads the last box by its own words, so "\boxed {3}" gives "{3}".
 """
 
 from __future__ import annotations
 
+import re
+from typing import Literal
+
+from megatron_plasticity.config.tasks import AnswerKind
+from megatron_plasticity.evaluation.answers import choice_letter
+
+Rules = Literal["own", "paper"]
+"""How answers are read and compared: this project's rules, or those of the paper's public harness."""
+
 _BOX = r"\boxed{"
-_PHRASE = "answer is"
+_PAPER_BOX = r"\boxed"
+_PAPER_PHRASE = "answer is"
+_PHRASE = re.compile(r"\banswer(?:\s+is\b|\s*(?:\*\*)?\s*:(?:\*\*)?)|####", re.IGNORECASE)
+_BLOCK = re.compile(r"```[A-Za-z]*\n(.*?)\n?```", re.DOTALL)
+_DISPLAY = re.compile(r"\$\$(.+?)\$\$|\\\[(.+?)\\\]", re.DOTALL)
+_SENTENCE_END = re.compile(r"(?<!\b[A-Za-z])(?<!\b[DMS][rst])(?<!\bMrs)\.(?=\s|\*\*|$)|\n\s*\n")
+"""The end of a sentence; after a single letter a full stop belongs to an initial (4:30 P.M.) or an option, after Mr to a name."""
 
 
-def extract_answer(text: str) -> str | None:
+def extract_answer(text: str, kind: AnswerKind = "text", rules: Rules = "own") -> str | None:
     """The answer span of a response, stripped of white space, or None if it states none."""
-    span = last_box(text)
-    if span is None:
-        _, found, after = text.rpartition(_PHRASE)
-        span = after.rpartition(":")[2] if found else ""
+    span = _span_of_paper(text) if rules == "paper" else _span(text, kind)
     return span.strip() or None
+
+
+def _span(text: str, kind: AnswerKind) -> str:
+    box = last_box(text)
+    if box is not None and not (kind == "choice" and choice_letter(box) is None):
+        return box
+    phrases = list(_PHRASE.finditer(text))
+    statement = _statement(text[phrases[-1].end() :], kind) if phrases else ""
+    return statement if box is None or choice_letter(statement) is not None else box
+
+
+def _statement(text: str, kind: AnswerKind) -> str:
+    """What the text says first: a code block, displayed mathematics, a line or a sentence."""
+    text = text.lstrip(" \t\n:")
+    literal = kind in ("literal", "program_input")
+    block = (_BLOCK if literal else _DISPLAY).match(text)
+    if block is not None:
+        return next(part for part in block.groups() if part is not None)
+    if kind != "maths":
+        text = text.split("\n", maxsplit=1)[0]
+    text = (text if literal else _SENTENCE_END.split(text, maxsplit=1)[0]).strip()
+    if text.count("**") % 2:  # bold type that began before the answer
+        text = text.removesuffix("**")
+    return text
+
+
+def _span_of_paper(text: str) -> str:
+    box = _last_box_of_paper(text)
+    if box:
+        return box
+    _, found, after = text.rpartition(_PAPER_PHRASE)
+    return after.rpartition(":")[2] if found else ""
+
+
+def _last_box_of_paper(text: str) -> str:
+    """Content of the last box if it closes and is not empty, by the harness's count of braces; else an empty text."""
+    start = text.rfind(_PAPER_BOX)
+    if start < 0:
+        return ""
+    content_start = start + len(_PAPER_BOX)
+    first_brace = text.find("{", content_start)
+    content_end = None if first_brace < 0 else _closing_brace(text, first_brace + 1, escapes=False)
+    if content_end is None:
+        return ""
+    if text[content_start] == " ":
+        return text[content_start + 1 : content_end + 1]
+    return text[content_start + 1 : content_end] if first_brace == content_start else ""
 
 
 def last_box(text: str) -> str | None:
@@ -34,13 +106,13 @@ def last_box(text: str) -> str | None:
     return None
 
 
-def _closing_brace(text: str, start: int) -> int | None:
+def _closing_brace(text: str, start: int, escapes: bool = True) -> int | None:
     """Index of the brace that closes the one just before `start`, or None if the text ends first."""
     depth = 1
     position = start
     while position < len(text):
         character = text[position]
-        if character == "\\":
+        if character == "\\" and escapes:
             position += 1  # the next character is escaped
         elif character == "{":
             depth += 1

@@ -16,7 +16,8 @@ from megatron_plasticity.config.evaluation import HarnessConfig
 from megatron_plasticity.config.files import sha256_file
 from megatron_plasticity.data.tokenizer import Tokenizer
 from megatron_plasticity.errors import UserError
-from megatron_plasticity.evaluation.sampler import generate
+from megatron_plasticity.evaluation.sampler import NativeGenerator
+from megatron_plasticity.evaluation.sampling import SamplingParameters
 from megatron_plasticity.models.transformer import Transformer
 
 try:
@@ -125,17 +126,12 @@ class NativeModel(TemplateLM):
                     f"max_gen_toks={new_tokens} leaves no room for a question in a context of {self.max_length} tokens"
                 )
             prompts = [self.tok_encode(requests[i].args[0])[-room:] or [self.eot_token_id] for i in members]
-            answers = generate(
-                self._model,
-                prompts,
-                max_new_tokens=new_tokens,
-                end_of_text=self.eot_token_id,
-                temperature=temperature,
-                batch_size=self._batch_size,
-                progress=self._progress,
-            )
+            generator = NativeGenerator(self._model, self._tokenizer, self._batch_size)
+            parameters = SamplingParameters(new_tokens, temperature)
+            answers = generator.generate(prompts, range(len(prompts)), 1, parameters, self._progress)
             for i, (answer,) in zip(members, answers, strict=True):
-                results[i] = _cut(self._tokenizer.decode([token for token in answer if token not in self._special]), stops)
+                text = self._tokenizer.decode([token for token in answer.tokens if token not in self._special])
+                results[i] = _cut(text, stops)  # the harness cuts within a token, which our own stop texts do not
         return results
 
     def _tell(self, done: int, total: int, unit: str) -> None:

@@ -1,4 +1,4 @@
-"""The paper's six metrics, the format rate, and their confidence intervals.
+"""The paper's six metrics, pass@k, the format rate, and their confidence intervals.
 
 N questions, K samples each, correctness c_ij ∈ {0, 1}, reward r_ij. Every metric is the mean over questions of one number per
 question; a question on which that number is undefined is left out, and a metric that is defined on no question does not exist.
@@ -8,14 +8,18 @@ question; a question on which that number is undefined is left out, and a metric
 | `greedy` | correctness of the greedy answer | |
 | `maj` | c of the first sample of the largest cluster of equal answers (ties: the earliest; no answer: a cluster alone) | |
 | `rm` | c of the sample with the highest reward (ties: the earliest) | without a reward scorer |
-| `pass` | 1 if any sample is correct | |
+| `pass` | 1 if any sample is correct: pass@K | |
+| `pass@k` | 1 − C(K − c_i, k)/C(K, k) with c_i = Σ_j c_ij: whether k samples hold a correct one (2107.03374, eq. 1) | |
 | `correct_ratio` | (1/K)·Σ_j c_ij | where no sample is correct |
 | `orm` | (1/K)·Σ_j r_ij | without a reward scorer |
 | `format_rate` | share of samples from which an answer could be extracted (ours) | |
+
+k runs over the powers of two up to K and K itself. A task's score is the plain mean of its test sets' scores.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -82,6 +86,7 @@ def question_values(outcomes: Outcomes) -> dict[str, Floats]:
         "pass": correct.max(axis=1),
         "correct_ratio": np.where(ratio > 0, ratio, np.nan),
         "format_rate": outcomes.answered.mean(axis=1),
+        **_pass_at_k(outcomes.sampled_correct),
     }
     if outcomes.rewards is not None:
         values["rm"] = correct[rows, outcomes.rewards.argmax(axis=1)]
@@ -95,33 +100,79 @@ def _first_of_largest_cluster(clusters: NDArray[np.int64]) -> NDArray[np.intp]:
     return sizes.argmax(axis=1)  # the first sample of greatest size founded the earliest of the largest clusters
 
 
+def _pass_at_k(sampled_correct: NDArray[np.bool_]) -> dict[str, Floats]:
+    """Unbiased estimate [N] of pass@k for each k; the binomials are exact integers."""
+    samples = sampled_correct.shape[1]
+    right = sampled_correct.sum(axis=1)
+    sizes = sorted({samples, *(2**power for power in range(samples.bit_length()))})
+    chances = {k: [1 - math.comb(samples - c, k) / math.comb(samples, k) for c in range(samples + 1)] for k in sizes}
+    return {f"pass@{k}": np.array(by_count)[right] for k, by_count in chances.items()}
+
+
+def group_values(
+    values: Mapping[str, Floats], groups: Sequence[str], metrics: Sequence[str] = ("greedy", "maj")
+) -> dict[str, dict[str, float]]:
+    """Scores of the parts of a test set, such as MATH's levels: `{group: {"questions": count, metric: mean, …}}` in their order.
+
+    `groups` names each question's group, [N]; questions without one ("") are left out. Undefined means are absent.
+    """
+    names = np.array(groups)
+    scores: dict[str, dict[str, float]] = {}
+    for group in sorted(set(groups) - {""}):
+        chosen = names == group
+        scores[group] = {"questions": int(chosen.sum())}
+        for metric in metrics:
+            defined = values[metric][chosen]
+            defined = defined[np.isfinite(defined)]
+            if len(defined):
+                scores[group][metric] = float(defined.mean())
+    return scores
+
+
 def bootstrap_metrics(values: Mapping[str, Floats], resamples: int, seed: int, confidence: float = 0.95) -> dict[str, Metric]:
     """Means over questions with percentile bootstrap intervals (Efron 1979), questions being what is resampled.
 
-    Every metric sees the same resamples. Those in which a metric is defined on no question do not count for its interval. Metrics
-    that are defined on no question at all are absent. With `resamples` 0 there are no intervals.
+    Every metric sees the same resamples, and so does every model that is asked as many questions under the same seed: models are
+    compared on paired resamples. Those in which a metric is defined on no question do not count for its interval. Metrics that
+    are defined on no question at all are absent. With `resamples` 0 there are no intervals.
+    """
+    return bootstrap_task_metrics({"": values}, resamples, seed, confidence)
+
+
+def bootstrap_task_metrics(
+    values_by_test_set: Mapping[str, Mapping[str, Floats]], resamples: int, seed: int, confidence: float = 0.95
+) -> dict[str, Metric]:
+    """Plain means of the test sets' scores, with intervals for which questions are resampled within each test set.
+
+    A metric that is undefined on a test set is absent, and a resample in which it is undefined on one does not count.
+    """
+    draw = np.random.default_rng(seed)
+    test_sets = [_resampled_means(values, resamples, draw) for values in values_by_test_set.values()]
+    shared = [name for name in test_sets[0] if all(name in scores for scores in test_sets)] if test_sets else []
+    metrics = {}
+    for name in shared:
+        mean, *resampled = np.mean([scores[name] for scores in test_sets], axis=0)
+        usable = np.array(resampled)[np.isfinite(resampled)]
+        metrics[name] = Metric(float(mean), *_interval(usable, confidence))
+    return metrics
+
+
+def _resampled_means(values: Mapping[str, Floats], resamples: int, draw: np.random.Generator) -> dict[str, Floats]:
+    """Each metric's mean over a test set's questions, then over those of each resample, NaN where undefined: [1 + resamples].
+
+    A resample is as many questions as there are, drawn with replacement.
     """
     present = {name: value for name, value in values.items() if np.isfinite(value).any()}
     if not present:
         return {}
     table = np.stack(list(present.values()), axis=1)
     defined = np.isfinite(table)
-    filled = np.where(defined, table, 0.0)
-    means = filled.sum(axis=0) / defined.sum(axis=0)
-    counts = _resampled_counts(len(table), resamples, seed)
-    totals, weights = counts @ filled, counts @ defined
-    metrics = {}
-    for column, (name, mean) in enumerate(zip(present, means, strict=True)):
-        usable = weights[:, column] > 0
-        low, high = _interval(totals[usable, column] / weights[usable, column], confidence)
-        metrics[name] = Metric(float(mean), low, high)
-    return metrics
-
-
-def _resampled_counts(questions: int, resamples: int, seed: int) -> Floats:
-    """[resamples, questions]: how often each question was drawn when as many as there are were drawn with replacement."""
-    shares = np.full(questions, 1 / questions)
-    return np.random.default_rng(seed).multinomial(questions, shares, size=resamples).astype(np.float64)
+    questions = len(table)
+    drawn = draw.multinomial(questions, np.full(questions, 1 / questions), size=resamples)
+    counts = np.concatenate([np.ones((1, questions)), drawn])
+    with np.errstate(invalid="ignore"):
+        means = (counts @ np.where(defined, table, 0.0)) / (counts @ defined)
+    return dict(zip(present, means.T, strict=True))
 
 
 def _interval(means: Floats, confidence: float) -> tuple[float, float] | tuple[None, None]:

@@ -15,12 +15,17 @@ from megatron_plasticity.errors import UserError
 class RewardScorer(Protocol):
     """Says how good responses are; larger is better."""
 
+    @property
+    def cut(self) -> int:
+        """How many conversations were too long so far and lost their end."""
+        ...
+
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         """One finite number for each (prompt, response), in their order. Prompts are the bare problems, without a template."""
         ...
 
 
-def make_scorer(config: RewardConfig, device: torch.device | str = "cpu", batch_size: int = 16) -> RewardScorer | None:
+def make_scorer(config: RewardConfig, device: torch.device | str = "cpu") -> RewardScorer | None:
     """The scorer that the config asks for, or None for `none`. Raises UserError if its model cannot be used."""
     if config.kind == "none":
         return None
@@ -28,11 +33,13 @@ def make_scorer(config: RewardConfig, device: torch.device | str = "cpu", batch_
         return LengthScorer()
     if config.model is None:
         raise UserError("reward.kind=sequence_classifier needs reward.model: a local folder or a hub name")
-    return SequenceClassifierScorer(config.model, device, batch_size)
+    return SequenceClassifierScorer(config.model, device, config.batch_size, config.max_length)
 
 
 class LengthScorer:
     """Prefers short answers: minus the number of characters. It exists for tests and the quickstart."""
+
+    cut = 0
 
     def score(self, prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
         return [-float(len(response)) for _, response in zip(prompts, responses, strict=True)]
@@ -42,15 +49,18 @@ class SequenceClassifierScorer:
     """The scalar logit of a Hugging Face sequence classifier on chat(user = problem, assistant = response).
 
     The paper's is Skywork/Skywork-Reward-Llama-3.1-8B-v0.2 (2410.18451). bfloat16 on CUDA, float32 elsewhere. Code that comes
-    with a model is never run.
+    with a model is never run. A conversation of more than `max_length` tokens, or of more than the model can read, loses its end.
     """
 
-    def __init__(self, model: str, device: torch.device | str = "cpu", batch_size: int = 16) -> None:
+    def __init__(
+        self, model: str, device: torch.device | str = "cpu", batch_size: int = 16, max_length: int | None = None
+    ) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
         self._name = model
         self._device = torch.device(device)
         self._batch_size = batch_size
+        self.cut = 0
         dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
         source = str(Path(model).resolve()) if Path(model).is_dir() else model
         try:
@@ -64,6 +74,8 @@ class SequenceClassifierScorer:
             ) from error
         self._model = classifier.to(self._device).eval()
         self._check()
+        readable = getattr(self._model.config, "max_position_embeddings", None)
+        self._max_length = min((limit for limit in (max_length, readable) if limit is not None), default=None)
 
     def _check(self) -> None:
         labels = self._model.config.num_labels
@@ -80,7 +92,9 @@ class SequenceClassifierScorer:
         if not conversations:
             return []
         ids: list[list[int]] = self._tokenizer.apply_chat_template(conversations, tokenize=True, return_dict=False)
-        self._check_lengths(ids)
+        if self._max_length is not None:
+            self.cut += sum(len(row) > self._max_length for row in ids)
+            ids = [row[: self._max_length] for row in ids]
         order = sorted(range(len(ids)), key=lambda i: len(ids[i]))  # similar lengths side by side: little padding
         scores = [0.0] * len(ids)
         for start in range(0, len(order), self._batch_size):
@@ -88,11 +102,6 @@ class SequenceClassifierScorer:
             for i, score in zip(batch, self._score_batch([ids[i] for i in batch]), strict=True):
                 scores[i] = score
         return scores
-
-    def _check_lengths(self, ids: list[list[int]]) -> None:
-        longest, limit = max(map(len, ids)), getattr(self._model.config, "max_position_embeddings", None)
-        if limit is not None and longest > limit:
-            raise UserError(f"reward.model={self._name!r} reads at most {limit} tokens, but a conversation has {longest}")
 
     @torch.inference_mode()
     def _score_batch(self, ids: list[list[int]]) -> list[float]:

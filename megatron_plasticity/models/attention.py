@@ -1,7 +1,7 @@
 """Causal attention with grouped queries, on the fastest backend that fits.
 
-Shapes throughout: query [B, query_heads, S, head_dim], key and value [B, kv_heads, T, head_dim], where T is S and the tokens in
-the cache together; query head h reads key/value head h // (query_heads / kv_heads). Scores are scaled by head_dim^-1/2.
+Shapes throughout: query [B, query_heads, S, head_dim], key and value [B, kv_heads, T, head_dim], where T is S, or the width
+of the cache that is read; query head h reads key/value head h // (query_heads / kv_heads). Scores are scaled by head_dim^-1/2.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from megatron_plasticity.errors import UserError
 
 AttentionBackend = Literal["auto", "sdpa", "eager"]
+Segments = tuple[int, ...]
+"""Lengths of texts that follow one another in each row, S in all; each is attended to by itself, causally."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ def resolved_backend(backend: AttentionBackend, device: torch.device, dtype: tor
     """Name of what really runs in training: `flash-attention-3`, `flash-attention-2`, `sdpa` or `eager`.
 
     `auto` is the first of these that fits the device, the number format and the head dimension; it never ends at `eager`, which
-    is there to be compared with. Input that needs a mask tensor (see `attention_mask`) goes through SDPA even where a
+    is there to be compared with. Input that needs a mask tensor goes through SDPA even where a
     FlashAttention package was chosen.
     """
     check_backend(backend)
@@ -64,48 +66,55 @@ def resolved_backend(backend: AttentionBackend, device: torch.device, dtype: tor
     return "sdpa"
 
 
-def attention_mask(length: int, past: int, padding: Tensor | None, device: torch.device) -> Tensor | None:
-    """Boolean mask, True where a query may look: [B, 1, length, past + length] with padding, [length, past + length] without.
-
-    None where no tensor is needed, since plain causal attention says it all: no padding, and nothing cached or a single query.
-    A padding column looks at itself alone, so that no row of the softmax is empty; no token looks at padding.
-    """
-    if padding is None and (past == 0 or length == 1):
-        return None
-    keys = torch.arange(past + length, device=device)
-    queries = keys[past:, None]
-    causal = keys <= queries
-    if padding is None:
-        return causal
-    real = keys >= padding.to(device)[:, None, None, None]
-    return causal & (real | (keys == queries))
+def cache_mask(positions: Tensor, width: int) -> Tensor:
+    """Boolean mask [B, 1, S, width], True where a query may look, for queries at `positions` [B, S] of their rows of a cache:
+    column t of the cache holds token t of the row, and what lies in the columns behind is no token of it."""
+    return (torch.arange(width, device=positions.device) <= positions[:, :, None])[:, None]
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, backend: AttentionBackend) -> Tensor:
-    """Attention output [B, query_heads, S, head_dim]. Without a mask: causal if S = T, and no restriction if S = 1."""
-    name = resolved_backend(backend, query.device, query.dtype, query.shape[-1])
-    if name == "eager":
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Segments | None, backend: AttentionBackend) -> Tensor:
+    """Attention output [B, query_heads, S, head_dim]. Without a mask it is causal, and S = T."""
+    if isinstance(mask, tuple):
+        return _segment_by_segment(query, key, value, mask, backend)
+    if backend == "eager":
         return _eager(query, key, value, mask)
-    if name == "sdpa" or mask is not None:
+    if mask is not None:
+        return _masked(query, key, value, mask)
+    name = resolved_backend(backend, query.device, query.dtype, query.shape[-1])
+    if name == "sdpa":
         # Never a mask tensor for plain causal attention: with one, the fast kernels are out of reach, and cuDNN's backward pass
         # is wrong for some lengths (pytorch#196678).
-        causal = mask is None and query.shape[2] > 1
         grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
     flash = _flash_function(name)
     assert flash is not None  # resolved_backend names a package only if it imports
     return _flash(flash, query, key, value)
 
 
+def _segment_by_segment(query: Tensor, key: Tensor, value: Tensor, segments: Segments, backend: AttentionBackend) -> Tensor:
+    """This takes the kernels of plain causal attention, which a mask tensor would keep out of reach, and computes no score
+    between segments."""
+    pieces = zip(*(tensor.split(segments, dim=2) for tensor in (query, key, value)), strict=True)
+    return torch.cat([attend(q, k, v, None, backend) for q, k, v in pieces], dim=2)
+
+
+def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
+    """With a boolean mask [B, 1, S, T], True where a query may look."""
+    groups = query.shape[1] // key.shape[1]
+    if groups == 1 or query.shape[2] > 1:
+        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=groups > 1)
+    # Decoding token by token: query heads that share a key head become queries of one head, so that each key is read once.
+    grouped = query.reshape(query.shape[0], -1, groups, query.shape[3])
+    return F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask).reshape(query.shape)
+
+
 def attention_weights(query: Tensor, key: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention probabilities [B, query_heads, S, T] in fp32; without a mask as in `attend`."""
+    """Attention probabilities [B, query_heads, S, T] in fp32; without a mask causal, and S = T."""
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
     scores = (query @ key.transpose(2, 3)) * query.shape[-1] ** -0.5
-    if mask is None and query.shape[2] > 1:
+    if mask is None:
         mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=scores.device).tril()
-    if mask is not None:
-        scores = scores.masked_fill(~mask, float("-inf"))
-    return scores.softmax(dim=-1, dtype=torch.float32)
+    return scores.masked_fill(~mask, float("-inf")).softmax(dim=-1, dtype=torch.float32)
 
 
 def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:

@@ -4,6 +4,7 @@
         model.json                   the architecture
         weights-00001.safetensors    fp32 master weights, by parameter name, cut into shards
         exp_avg-00001.safetensors    AdamW moments, the same way (absent where training will not go on)
+        adapters-00001.safetensors   of a run with LoRA: the adapters, which the weights hold merged; the moments are then theirs
         trainer.json                 what training needs beside tensors
         COMPLETE                     size and SHA-256 of every file; without it the folder is not a checkpoint
 
@@ -35,6 +36,7 @@ MARKER = "COMPLETE"
 MODEL_FILE = "model.json"
 TRAINER_FILE = "trainer.json"
 WEIGHTS = "weights"
+ADAPTERS = "adapters"
 SHARD_BYTES = 4 * 2**30
 
 
@@ -50,25 +52,26 @@ class CheckpointFolder:
     def step(self) -> int:
         return int(self.trainer["step"])
 
-    def tensors(self, group: str = WEIGHTS) -> Mapping[str, Tensor]:
-        """The tensors of `weights`, `exp_avg` or `exp_avg_sq` by name, fp32, on the CPU, each read when it is looked up.
+    def tensors(self, group: str = WEIGHTS, shapes: Mapping[str, tuple[int, ...]] | None = None) -> Mapping[str, Tensor]:
+        """The tensors of `weights`, `exp_avg`, `exp_avg_sq` or `adapters` by name, fp32, on the CPU, each read when looked up.
 
-        Names and shapes are checked against the architecture now."""
+        Names and shapes are checked now: against `shapes`, or the architecture."""
         files: dict[str, Path] = {}
-        shapes: dict[str, tuple[int, ...]] = {}
+        stored: dict[str, tuple[int, ...]] = {}
         for file in sorted(self.path.glob(f"{group}-*.safetensors")):
             with open_safetensors(file) as shard:
                 for name in shard.keys():  # noqa: SIM118  (not a dict)
-                    files[name], shapes[name] = file, tuple(shard.get_slice(name).get_shape())
+                    files[name], stored[name] = file, tuple(shard.get_slice(name).get_shape())
         if not files:
             raise CheckpointError(
                 f"{self.path}: holds no {group!r} tensors; training cannot go on from a checkpoint without them"
             )
-        expected = parameter_shapes(self.model)
-        wrong = sorted(name for name in {*shapes, *expected} if shapes.get(name) != expected.get(name))
+        expected = parameter_shapes(self.model) if shapes is None else shapes
+        wrong = sorted(name for name in {*stored, *expected} if stored.get(name) != expected.get(name))
         if wrong:
+            origin = MODEL_FILE if shapes is None else "the config"
             raise CheckpointError(
-                f"{self.path}: {group} do not fit {MODEL_FILE}: {', '.join(wrong[:5])}{' …' if len(wrong) > 5 else ''}"
+                f"{self.path}: {group} do not fit {origin}: {', '.join(wrong[:5])}{' …' if len(wrong) > 5 else ''}"
             )
         return _StoredTensors(files)
 

@@ -39,7 +39,7 @@ def initial_value(config: ModelConfig, name: str, seed: int) -> Tensor:
     shape = parameter_shapes(config)[name]
     if len(shape) == 1:
         return torch.ones(shape, device="cpu")
-    generator = torch.Generator().manual_seed(_parameter_seed(seed, name))
+    generator = torch.Generator().manual_seed(parameter_seed(seed, name))
     weight = torch.empty(shape, device="cpu")
     if FAMILIES[config.family].initialisation == "truncated_normal":
         bound = _TRUNCATED_AT * _TRUNCATED_STD
@@ -53,6 +53,6 @@ def _scaled_std(config: ModelConfig, name: str) -> float:
     return (2.0 / (5.0 * config.hidden_size)) ** 0.5
 
 
-def _parameter_seed(seed: int, name: str) -> int:
+def parameter_seed(seed: int, name: str) -> int:
     """63 bits that differ for every pair of seed and name."""
     return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:8], "big") >> 1

@@ -19,10 +19,10 @@ class RotaryTable:
         self.length = length
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
-    def at(self, start: int, stop: int, device: torch.device, shift: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """cos and sin of positions start … stop-1, [S, 1, head_dim]; the dimension of size 1 spreads over heads.
+    def at(self, stop: int, device: torch.device, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """cos and sin of positions 0 … stop-1, [S, 1, head_dim]; the dimension of size 1 spreads over heads.
 
-        With `shift` [B], row b's positions are lower by shift[b] and at least 0: [B, S, 1, head_dim].
+        With `positions` [B, S] (int64), all below `stop`, of these: [B, S, 1, head_dim].
         """
         if stop > self.length:
             self.length = max(stop, 2 * self.length)
@@ -30,10 +30,12 @@ class RotaryTable:
         if device not in self._tables:
             self._tables[device] = self._build(device)
         cos, sin = self._tables[device]
-        if shift is None:
-            return cos[start:stop], sin[start:stop]
-        positions = (torch.arange(start, stop, device=device) - shift.to(device)[:, None]).clamp(min=0)
-        return cos[positions], sin[positions]
+        return (cos[:stop], sin[:stop]) if positions is None else (cos[positions], sin[positions])
+
+    def restarting(self, segments: tuple[int, ...], device: torch.device) -> tuple[Tensor, Tensor]:
+        """cos and sin of texts of lengths `segments` that follow one another, each from position 0: [Σ segments, 1, head_dim]."""
+        cos, sin = self.at(max(segments), device)
+        return torch.cat([cos[:length] for length in segments]), torch.cat([sin[:length] for length in segments])
 
     def _build(self, device: torch.device) -> tuple[Tensor, Tensor]:
         with torch.inference_mode(False):  # a table built during evaluation must still serve training

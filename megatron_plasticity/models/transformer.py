@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from megatron_plasticity.config.model import ModelConfig
-from megatron_plasticity.models.attention import AttentionBackend, attend, attention_mask, check_backend
-from megatron_plasticity.models.cache import KeyValueCache
+from megatron_plasticity.models.attention import AttentionBackend, Segments, attend, cache_mask, check_backend
+from megatron_plasticity.models.cache import CacheView
 from megatron_plasticity.models.families import FAMILIES
 from megatron_plasticity.models.partition import Sharding, sharding, stage_layers
 from megatron_plasticity.models.rotary import RotaryTable, rotate
@@ -72,7 +72,7 @@ class Attention(nn.Module):
         self.k_norm = HeadParallelRMSNorm(kv_width, config.norm_eps, ranks, kv_parts) if normed else None
         self.q, self.k, self.v, self.z, self.out = (nn.Identity() for _ in range(5))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | Segments | None, cache: CacheView | None) -> Tensor:
         copies = (1, self.kv_copies, self.kv_copies)
         query, key, value = _project(x, (self.q_proj, self.k_proj, self.v_proj), copies, self.ranks)
         if self.q_norm is not None and self.k_norm is not None:
@@ -119,7 +119,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config, ranks)
         self.resid_pre, self.resid_mid, self.resid_post = (nn.Identity() for _ in range(3))
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | Segments | None, cache: CacheView | None) -> Tensor:
         x = self.resid_pre(x)
         if self.norm_placement == "input":
             x = self.resid_mid(x + self.attn(self.attn_norm(x), cos, sin, mask, cache))
@@ -185,33 +185,39 @@ class Transformer(nn.Module):
 
     @torch.no_grad()
     def load_whole(self, weights: Mapping[str, Tensor]) -> None:
-        """Take this rank's part of each parameter from whole tensors by name."""
+        """Take this rank's part of each parameter that is not frozen from whole tensors by name."""
         for name, parameter in self.named_parameters():
-            parameter.copy_(self.sharding(name).take(weights[name], self.ranks.rank))
+            if parameter.requires_grad:
+                parameter.copy_(self.sharding(name).take(weights[name], self.ranks.rank))
 
     def forward(
         self,
         tokens: Tensor,
-        cache: KeyValueCache | None = None,
-        padding: Tensor | None = None,
+        cache: CacheView | None = None,
         positions: Literal["all", "last"] = "all",
+        segments: Segments | None = None,
     ) -> Tensor:
         """Logits [B, S, vocab_size] of tokens [B, S] (int64); [B, 1, vocab_size] with positions "last".
 
-        With a cache the tokens continue those in it and are added to it. `padding` [B] (int64) is the number of leading columns
-        of each row that hold no token: the other columns' logits are those of the unpadded row, those of padding columns mean
-        nothing. With a cache it counts from the cache's first column and is remembered there: giving it once is enough.
+        With a cache each row's tokens continue those that the row of the cache holds, and are added to it.
+
+        With `segments`, each row is so many texts of these lengths, S in all, and each text's logits are those that it has in a
+        row of its own.
 
         A pipeline stage after the first takes the residual stream [B, S, d] instead of tokens, and one before the last returns
         it. With sequence parallelism it has this rank's positions only, [B, S / ranks.size, d]; under tensor parallelism logits
         are those of this rank's part of the vocabulary.
         """
-        split = self.ranks.size if self.ranks.sequence and not self.is_first_stage else 1
-        past, length = (0 if cache is None else cache.length), tokens.shape[1] * split
-        if cache is not None:
-            cache.padding = padding = padding if padding is not None else cache.padding
-        cos, sin = self.rotary.at(past, past + length, tokens.device, shift=padding)
-        mask = attention_mask(length, past, padding, tokens.device)
+        if segments is not None:
+            cos, sin = self.rotary.restarting(segments, tokens.device)
+            mask = segments
+        elif cache is not None:
+            cos, sin = self.rotary.at(cache.width, tokens.device, cache.positions)
+            mask = cache_mask(cache.positions, cache.width)
+        else:
+            split = self.ranks.size if self.ranks.sequence and not self.is_first_stage else 1
+            cos, sin = self.rotary.at(tokens.shape[1] * split, tokens.device)
+            mask = None
         recompute = self.activation_checkpointing and cache is None and torch.is_grad_enabled()
         x = self.embed(tokens) if self.is_first_stage else tokens
         for block in self.layers:
@@ -219,8 +225,6 @@ class Transformer(nn.Module):
                 x = checkpoint(block, x, cos, sin, mask, None, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, cos, sin, mask, cache)
-        if cache is not None:
-            cache.advance(length)
         if not self.is_last_stage:
             return x
         if positions == "last":

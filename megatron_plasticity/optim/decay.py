@@ -55,7 +55,8 @@ class DecayGroups:
 
 
 def decay_groups(shapes: Mapping[str, tuple[int, ...]], config: OptimizerConfig, weight_decay: float) -> DecayGroups:
-    """Sort the parameters of the whole model, by name with their whole shapes, into decayed and not decayed by `config.decay`.
+    """Sort the parameters to be trained of the whole model, by name with their whole shapes, into decayed and not decayed by
+    `config.decay`. The adapters of LoRA are matrices like others, so every scope but `patterns` has all of them decay.
 
     The layout does not enter: every process of a run gets the same groups, whichever part of the model it holds. Raises
     ConfigError for a pattern without a match and, under scope `patterns`, for parameters that no pattern names.
@@ -72,11 +73,11 @@ def decay_groups(shapes: Mapping[str, tuple[int, ...]], config: OptimizerConfig,
 def optimizer_groups(model: nn.Module, groups: DecayGroups, config: OptimizerConfig) -> list[dict[str, Any]]:
     """`params`, `weight_decay` and `name` for torch AdamW, whose step is θ ← θ − lr·(adam + weight_decay·θ).
 
-    `model` is the whole model or a pipeline stage of it. Coupling `independent` wants θ ← θ − (lr/lr_peak)·λ·θ, so the group's
-    decay is λ/lr_peak.
+    `model` is the whole model or a pipeline stage of it; parameters that are frozen are left out. Coupling `independent` wants
+    θ ← θ − (lr/lr_peak)·λ·θ, so the group's decay is λ/lr_peak.
     """
     value = groups.weight_decay / (config.learning_rate if groups.coupling == "independent" else 1.0)
-    parameters = dict(model.named_parameters())
+    parameters = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     unassigned = set(parameters) - set(groups.decayed) - set(groups.not_decayed)
     if unassigned or set(groups.decayed) & set(groups.not_decayed):
         raise AssertionError(f"decay groups do not cover the model exactly once: {sorted(unassigned)}")

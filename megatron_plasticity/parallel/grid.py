@@ -24,7 +24,7 @@ from megatron_plasticity.config.parallel import ParallelConfig
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.parallel.tensor import SINGLE, TensorRanks
 
-_SENT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_SENT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,18 @@ class ProcessGrid:
             torch.distributed.broadcast_object_list(values, device=self.device)
         return values[0]
 
+    def gather(self, value: Any) -> list[Any] | None:
+        """What every process gives here, by rank, on the main process; None on the others. `value` is of plain Python types."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size if self.is_main else None
+        torch.distributed.gather_object(value, values)
+        return values
+
     def to_main(self, tensor: Tensor | None, stage: int) -> Tensor | None:
         """Bring a tensor from the first process of a pipeline stage to the main process, which returns it; others return None.
 
-        Every process may call it; all but these two do nothing. The tensor has at most seven dimensions and is of floats.
+        Every process may call it; all but these two do nothing. The tensor, of floats or int64, has at most seven dimensions.
         """
         if stage == 0:
             return tensor if self.is_main else None

@@ -17,13 +17,15 @@ _JOBS = {
     "finetune": ("megatron_plasticity.training.finetune", "finetune"),
     "evaluate": ("megatron_plasticity.evaluation.job", "evaluate"),
     "harness": ("megatron_plasticity.evaluation.job", "harness"),
+    "capture": ("megatron_plasticity.evaluation.capture_job", "capture"),
     "probes": ("megatron_plasticity.analysis.jobs", "probes"),
     "attention": ("megatron_plasticity.analysis.jobs", "attention"),
+    "truncation": ("megatron_plasticity.analysis.jobs", "truncation"),
     "overfitting": ("megatron_plasticity.analysis.jobs", "overfitting"),
 }
 JOB_MODULES = sorted({module for module, _ in _JOBS.values()})
 # Runs of these kinds may be spread over several processes.
-TRAINING_KINDS = ("pretrain", "finetune")
+LAUNCHED_KINDS = ("pretrain", "finetune", "evaluate")
 
 Job = Callable[[Any, Progress], RunFolder]
 

@@ -7,14 +7,15 @@ that a report can show it. Only a folder that is no study at all is a `UserError
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 from megatron_plasticity.data.ledger import read_ledger
 from megatron_plasticity.errors import UserError
+from megatron_plasticity.study.grid import value_text
+from megatron_plasticity.study.scores import TaskScores, average_over_seeds, bootstrap_settings, number, read_scores
 from megatron_plasticity.tracking.metrics import read_metrics
 from megatron_plasticity.tracking.run_folder import RunFolder, RunState
 
@@ -22,6 +23,8 @@ Status = Literal["missing", "pending", "running", "done", "failed", "interrupted
 BASE_KINDS = ("pretrain", "import")
 """Kinds of run that yield a base model."""
 WEIGHT_DECAY_PATHS = ("optimizer.weight_decay", "optimizer.adamw_timescale")
+SEED = "seed"
+"""The axis of fine-tuning whose values are repeats, not variants."""
 
 
 @dataclass(frozen=True)
@@ -33,31 +36,14 @@ class Series:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A value with the ends of its confidence interval, which are None where no interval was computed."""
+class Outcome:
+    """Something that is measured at every λ: a task on which models were fine-tuned in one way."""
 
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-
-@dataclass(frozen=True)
-class TaskScores:
-    """Scores of one model on the test questions of one task."""
-
+    name: str
+    """The task's, with the variant behind it if there are several."""
     task: str
-    answer_kind: str
-    questions: int
-    chance: float | None
-    metrics: Mapping[str, Estimate]
-    greedy_correct: tuple[int, ...]
-    examples: tuple[Mapping[str, Any], ...] = ()
-    grader: str | None = None
-    """What judged the answers; None where it was not kept."""
-    reward: str | None = None
-    """Kind of the reward behind `rm` and `orm`; None where it was not kept."""
-    questions_sha256: str | None = None
-    """Hash of the questions; None where it was not kept."""
+    variant: str = ""
+    """How models were fine-tuned, in words; empty where there is one way."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +60,10 @@ class Cell:
     task: str | None
     parent: str | None
     status: Status
+    variant: Mapping[str, Any] = field(default_factory=dict)
+    """Values of the axes of fine-tuning, the seed among them."""
+    step: int | None = None
+    """Pretraining step of the checkpoint that it descends from; None for the last."""
     reason: str | None = None
     """Why there are no results, in words; None for a cell that is done."""
     started: float | None = None
@@ -88,14 +78,27 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class CheckpointScores:
+    """Scores of one checkpoint of a base model, before and after fine-tuning."""
+
+    base_scores: Mapping[str, TaskScores]
+    """By task."""
+    finetuned_scores: Mapping[str, TaskScores]
+    """By name of the outcome."""
+
+
+@dataclass(frozen=True)
 class BaseModel:
     """A pretraining run and what was made of it. An analysis that has no results is None."""
 
     pretrain: Cell
     """Or the import of a model that was pretrained elsewhere."""
     base_scores: Mapping[str, TaskScores]
+    """By task."""
     finetuned_scores: Mapping[str, TaskScores]
-    finetunes: Mapping[str, Cell]
+    """By name of the outcome; averages over the seeds of fine-tuning."""
+    earlier: Mapping[int, CheckpointScores] = field(default_factory=dict)
+    """Pretraining step → scores of the checkpoint of that step, for those before the last."""
     probes: Cell | None = None
     attention: Cell | None = None
     overfitting: Cell | None = None
@@ -133,25 +136,25 @@ class StudyResults:
     cells: tuple[Cell, ...]
     groups: tuple[Group, ...]
     tasks: tuple[str, ...]
+    outcomes: tuple[Outcome, ...]
+    """The tasks, or each of them in each variant where there are several."""
+    variants: Mapping[str, Mapping[str, Any]]
+    """Ways to fine-tune: what a variant is called → values of the axes of fine-tuning but the seed. Empty where there is one."""
+
+    @property
+    def finetune_seeds(self) -> tuple[str, ...]:
+        """Values of the axis of seeds of fine-tuning, empty without one."""
+        return tuple(dict.fromkeys(str(cell.variant[SEED]) for cell in self.cells if SEED in cell.variant))
+
+    @property
+    def earlier_steps(self) -> tuple[int, ...]:
+        """Pretraining steps before the last whose checkpoints were evaluated, ascending."""
+        return tuple(sorted({cell.step for cell in self.cells if cell.step is not None}))
 
     @property
     def weight_decays(self) -> tuple[float, ...]:
         """λ of the grid, ascending, each once."""
         return tuple(sorted({cell.weight_decay for cell in self.cells if cell.kind in BASE_KINDS}))
-
-
-def number(value: Any) -> float | None:
-    """`value` as a finite float, else None: a diverged run has no loss to compare."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-        return None
-    return float(value)
-
-
-def estimate(value: Any) -> Estimate | None:
-    """An {"value", "low", "high"} object as a record; None when it has no finite value."""
-    if not isinstance(value, Mapping) or (middle := number(value.get("value"))) is None:
-        return None
-    return Estimate(middle, number(value.get("low")), number(value.get("high")))
 
 
 def collect(study_folder: Path) -> StudyResults:
@@ -171,6 +174,7 @@ def collect(study_folder: Path) -> StudyResults:
             f"{path} cannot be read as a study ({type(error).__name__}: {error}). Run the study again to write it anew."
         ) from error
     config = study.get("config") or {}
+    tasks, variants = _task_names(config, cells), _variants(cells)
     return StudyResults(
         folder=study_folder,
         name=name,
@@ -178,8 +182,10 @@ def collect(study_folder: Path) -> StudyResults:
         config=config,
         corpus=study.get("corpus"),
         cells=cells,
-        groups=tuple(_groups(cells, config)),
-        tasks=_task_names(config, cells),
+        groups=tuple(_groups(cells, config, variants)),
+        tasks=tasks,
+        outcomes=tuple(Outcome(_outcome_name(t, v), t, v) for t in tasks for v in (variants or [""])),
+        variants=variants,
     )
 
 
@@ -187,6 +193,32 @@ def _task_names(config: Mapping[str, Any], cells: tuple[Cell, ...]) -> tuple[str
     """Tasks in the order of the config, then any that only cells name."""
     named = [str(task["name"]) for task in config.get("tasks") or () if isinstance(task, Mapping) and "name" in task]
     return tuple(dict.fromkeys([*named, *(cell.task for cell in cells if cell.task)]))
+
+
+def _variants(cells: tuple[Cell, ...]) -> dict[str, Mapping[str, Any]]:
+    """What each way to fine-tune is called → its point without the seed, in the order of the cells; empty if there is one way."""
+    points = [_without_seed(cell.variant) for cell in cells if cell.task]
+    paths = list(dict.fromkeys(path for point in points for path in point))
+    found: dict[str, Mapping[str, Any]] = {_variant_label(point, paths): point for point in points}
+    return found if len(found) > 1 else {}
+
+
+def _without_seed(point: Mapping[str, Any]) -> dict[str, Any]:
+    return {path: value for path, value in point.items() if path != SEED}
+
+
+def _variant_label(point: Mapping[str, Any], paths: Sequence[str]) -> str:
+    return ", ".join(f"{short_path(path, paths)} = {value_text(value)}" for path, value in point.items())
+
+
+def short_path(path: str, paths: Sequence[str]) -> str:
+    """The last word of a config path, if that tells it apart from the other `paths`."""
+    last = path.split(".")[-1]
+    return last if sum(other.split(".")[-1] == last for other in paths) <= 1 else path
+
+
+def _outcome_name(task: str, variant: str) -> str:
+    return f"{task}, {variant}" if variant else task
 
 
 def _read_cell(study_folder: Path, entry: Mapping[str, Any]) -> Cell:
@@ -207,6 +239,8 @@ def _read_cell(study_folder: Path, entry: Mapping[str, Any]) -> Cell:
         adamw_timescale=number(entry.get("adamw_timescale")),
         task=entry.get("task"),
         parent=entry.get("parent"),
+        variant=dict(entry.get("variant") or {}),
+        step=entry.get("step"),
         status=status,
         reason=reason,
         started=state.started,
@@ -257,39 +291,53 @@ def _series(path: Path) -> dict[str, Series]:
     return {name: Series(tuple(steps), tuple(values)) for name, (steps, values) in columns.items()}
 
 
-def _groups(cells: tuple[Cell, ...], config: Mapping[str, Any]) -> Iterator[Group]:
+def _groups(cells: tuple[Cell, ...], config: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]]) -> Iterator[Group]:
     by_label: dict[str, list[BaseModel]] = {}
     for cell in cells:
         if cell.kind in BASE_KINDS:
             label = ", ".join(f"{path} = {value}" for path, value in cell.point.items() if path not in WEIGHT_DECAY_PATHS)
-            by_label.setdefault(label, []).append(_base_model(cell, cells, config))
+            by_label.setdefault(label, []).append(_base_model(cell, cells, config, variants))
     for label, models in by_label.items():
         yield Group(label, tuple(sorted(models, key=lambda model: model.weight_decay)))
 
 
-def _base_model(pretrain: Cell, cells: tuple[Cell, ...], config: Mapping[str, Any]) -> BaseModel:
+def _base_model(
+    pretrain: Cell, cells: tuple[Cell, ...], config: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]]
+) -> BaseModel:
     children = [cell for cell in cells if cell.parent == pretrain.id]
-    finetunes = {cell.task: cell for cell in children if cell.kind == "finetune" and cell.task}
-    base: dict[str, TaskScores] = {}
-    for cell in children:
-        if cell.kind == "evaluate":
-            base |= _task_scores(cell, config)
-    finetuned: dict[str, TaskScores] = {}
-    for task, finetune in finetunes.items():
-        for cell in cells:
-            if cell.kind == "evaluate" and cell.parent == finetune.id and task in (scores := _task_scores(cell, config)):
-                finetuned[task] = scores[task]
+    finetunes = {cell.id for cell in children if cell.kind == "finetune"}
+    evaluations = [cell for cell in cells if cell.kind == "evaluate" and (cell.parent == pretrain.id or cell.parent in finetunes)]
+    scores = {step: _checkpoint_scores(evaluations, step, config, variants) for step in {None, *(c.step for c in evaluations)}}
     analyses = {cell.kind: cell for cell in children if cell.status == "done"}
     overfitting = analyses.get("overfitting")
     return BaseModel(
         pretrain=pretrain,
-        base_scores=base,
-        finetuned_scores=finetuned,
-        finetunes=finetunes,
+        base_scores=scores[None].base_scores,
+        finetuned_scores=scores[None].finetuned_scores,
+        earlier={step: scores[step] for step in sorted(step for step in scores if step is not None)},
         probes=analyses.get("probes"),
         attention=analyses.get("attention"),
         overfitting=overfitting,
         passes=_passes(pretrain, overfitting),
+    )
+
+
+def _checkpoint_scores(
+    evaluations: list[Cell], step: int | None, config: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]]
+) -> CheckpointScores:
+    """Of the evaluations of a base model and of what was fine-tuned from it, those of one checkpoint."""
+    base: dict[str, TaskScores] = {}
+    repeats: dict[str, dict[str, TaskScores]] = {}
+    for cell in evaluations:
+        scores = read_scores(cell.results, config) if cell.step == step else {}
+        if cell.task is None:
+            base |= scores
+        elif cell.task in scores:
+            point = _without_seed(cell.variant)
+            name = _outcome_name(cell.task, next((label for label, other in variants.items() if other == point), ""))
+            repeats.setdefault(name, {})[str(cell.variant.get(SEED, ""))] = scores[cell.task]
+    return CheckpointScores(
+        base, {name: average_over_seeds(found, *bootstrap_settings(config)) for name, found in repeats.items()}
     )
 
 
@@ -301,28 +349,3 @@ def _passes(pretrain: Cell, overfitting: Cell | None) -> float | None:
         return read_ledger(pretrain.folder).passes
     except UserError:
         return None
-
-
-def _task_scores(cell: Cell, config: Mapping[str, Any]) -> dict[str, TaskScores]:
-    examples = cell.results.get("examples") or {}
-    return {
-        task: TaskScores(
-            task=task,
-            answer_kind=str(entry.get("answer_kind", "")),
-            questions=int(entry.get("questions") or 0),
-            chance=number(entry.get("chance")),
-            metrics={name: found for name, value in (entry.get("metrics") or {}).items() if (found := estimate(value))},
-            greedy_correct=tuple(int(correct) for correct in entry.get("greedy_correct") or ()),
-            examples=tuple(examples.get(task) or ()),
-            grader=entry.get("grader"),
-            reward=_reward_kind(entry, config),
-            questions_sha256=entry.get("questions_sha256"),
-        )
-        for task, entry in (cell.results.get("tasks") or {}).items()
-    }
-
-
-def _reward_kind(entry: Mapping[str, Any], config: Mapping[str, Any]) -> str | None:
-    """As the evaluation says, or, for one that does not, as the study's config asked."""
-    reward = entry.get("reward") or (config.get("evaluate") or {}).get("reward")
-    return str(reward["kind"]) if isinstance(reward, Mapping) and reward.get("kind") not in (None, "none") else None

@@ -23,17 +23,11 @@ from megatron_plasticity.data.stream import corpus_hash
 from megatron_plasticity.errors import Interrupted, UserError
 from megatron_plasticity.launch.command import deepspeed_command
 from megatron_plasticity.launch.workers import start_worker, worker_context
+from megatron_plasticity.study.check import check_sources, check_study
 from megatron_plasticity.study.display import StudyDisplay
-from megatron_plasticity.study.jobs import JOB_MODULES, TRAINING_KINDS, job_for, prepare_corpus
-from megatron_plasticity.study.plan import (
-    PlannedCell,
-    StudyPlan,
-    check_sources,
-    check_study,
-    import_configs,
-    plan_study,
-    study_folder,
-)
+from megatron_plasticity.study.jobs import JOB_MODULES, LAUNCHED_KINDS, job_for, prepare_corpus
+from megatron_plasticity.study.plan import PlannedCell, StudyPlan, plan_study
+from megatron_plasticity.study.recipes import import_configs, study_folder
 from megatron_plasticity.tracking.disk import explain_disk_errors
 from megatron_plasticity.tracking.lock import file_lock
 from megatron_plasticity.tracking.mlflow_mirror import MlflowMirror, mirror_in_background
@@ -202,8 +196,8 @@ def _visible_devices() -> tuple[str, ...]:
 
 
 def _run_cell(kind: str, config: Any, processes: int, devices: Sequence[str]) -> None:
-    """In a worker: one cell, in this process or, for training on several ranks, under the deepspeed launcher."""
-    if processes == 1 or kind not in TRAINING_KINDS:
+    """In a worker: one cell, in this process or, on several ranks, under the deepspeed launcher."""
+    if processes == 1 or kind not in LAUNCHED_KINDS:
         job_for(kind)(config, NoProgress())
         return
     command = deepspeed_command(kind, _folder_of(kind, config) / "config.yaml", processes, devices)
@@ -230,12 +224,18 @@ def _stop_group(launcher: subprocess.Popen[bytes]) -> None:
 
 
 def _folder_of(kind: str, config: Any) -> Path:
+    from megatron_plasticity.evaluation.job import evaluation_folder
     from megatron_plasticity.tracking.trained_model import TrainedModel
     from megatron_plasticity.training.finetune import finetune_folder
     from megatron_plasticity.training.pretrain import pretrain_folder
 
-    folder = pretrain_folder(config) if kind == "pretrain" else finetune_folder(config, TrainedModel.open(config.base))
-    return folder.path
+    match kind:
+        case "pretrain":
+            return pretrain_folder(config).path
+        case "finetune":
+            return finetune_folder(config, TrainedModel.open(config.base)).path
+        case _:
+            return evaluation_folder(config).path
 
 
 @dataclass

@@ -22,6 +22,8 @@ PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 8000
 DIGEST_CHARACTERS = 36
 
+_MODEL_KINDS = ("pretrain", "import", "finetune")
+
 STATUS = {"running": "RUNNING", "done": "FINISHED", "failed": "FAILED", "interrupted": "KILLED", "pending": "SCHEDULED"}
 """Our states → those of MLflow."""
 
@@ -51,6 +53,12 @@ class RunContent:
     datasets: tuple[DatasetRecord, ...] = ()
     results: dict[str, float] = field(default_factory=dict)
     """Scalars of `results.json`, as metrics."""
+    model_made: str | None = None
+    """Identity of the model that the run has made (`TrainedModel.identity`)."""
+    model_read: str | None = None
+    """Identity of the model that the run reads."""
+    samples: Path | None = None
+    """Table of the responses of an evaluation."""
 
 
 def study_content(study: Mapping[str, Any], folder: Path, states: list[RunState], over: bool) -> RunContent:
@@ -79,7 +87,7 @@ def run_content(folder: Path, study: Mapping[str, Any] | None = None, cell: Mapp
     state, config, cell = run.state, _read_config(folder), cell or {}
     if state.status not in STATUS:
         raise UserError(f"{folder / 'state.json'}: unknown status {state.status!r}; expected one of {', '.join(STATUS)}")
-    kind = cell.get("kind") or run.kind
+    kind, inputs, samples = cell.get("kind") or run.kind, _inputs(folder), folder / "samples.parquet"
     weight_decay = cell["weight_decay"] if "weight_decay" in cell else _weight_decay(run, config)
     task = cell.get("task") or (config.get("task") or {}).get("name")
     tags = {
@@ -89,6 +97,8 @@ def run_content(folder: Path, study: Mapping[str, Any] | None = None, cell: Mapp
         "task": task,
         "weight_decay": weight_decay,
         "adamw_timescale": cell.get("adamw_timescale"),
+        "pretraining_step": cell.get("step"),
+        **{allowed_name(f"finetune.{path}"): value for path, value in (cell.get("variant") or {}).items()},
         "hash": folder.resolve().name.rpartition("-")[2],
         "error": state.error,
         **_place(folder),
@@ -101,8 +111,11 @@ def run_content(folder: Path, study: Mapping[str, Any] | None = None, cell: Mapp
         finished=state.finished,
         tags=_cut({key: str(value) for key, value in tags.items() if value is not None}),
         params=flat_params(config),
-        datasets=tuple(_datasets_of_run(kind, config, _inputs(folder))),
+        datasets=tuple(_datasets_of_run(kind, config, inputs)),
         results=flat_numbers(run.results) if state.status == "done" else {},
+        model_made=tags["hash"] if state.status == "done" and kind in _MODEL_KINDS else None,
+        model_read=inputs.get("model") or inputs.get("base"),
+        samples=samples if state.status == "done" and samples.is_file() else None,
     )
 
 

@@ -21,6 +21,7 @@ from megatron_plasticity.errors import UserError
 from megatron_plasticity.tracking.mlflow_background import mirror_in_background
 from megatron_plasticity.tracking.mlflow_content import DatasetRecord, RunContent, run_content, study_content
 from megatron_plasticity.tracking.mlflow_cursor import Cursor, Measurement
+from megatron_plasticity.tracking.mlflow_models import send_models, send_table
 from megatron_plasticity.tracking.mlflow_store import connect, sqlite_folder, tracking_uri, without_credentials
 from megatron_plasticity.tracking.run_folder import RunFolder, RunState
 
@@ -48,6 +49,9 @@ class _Mirrored:
     tags: dict[str, str]
     params: set[str]
     has_datasets: bool
+    models: tuple[str | None, str | None]
+    """Identities of the models made and read that were sent by this process."""
+    has_samples: bool
     cursor: Cursor
 
 
@@ -119,12 +123,18 @@ class MlflowMirror:
             client.log_inputs(mirrored.run_id, datasets=_dataset_inputs(content.datasets))
             mirrored.has_datasets = True
         _send_metrics(client, mirrored, content)
+        if (models := (content.model_made, content.model_read)) != mirrored.models:
+            send_models(client, client.get_run(mirrored.run_id), *models)
+            mirrored.models = models
         if content.status != mirrored.status:
             if content.status in _ENDED:
                 client.set_terminated(mirrored.run_id, content.status, _milliseconds(content.finished))
             else:
                 client.update_run(mirrored.run_id, status=content.status)
             mirrored.status = content.status
+        if content.samples is not None and not mirrored.has_samples:  # last: the store of artifacts may be another service
+            send_table(client, client.get_run(mirrored.run_id), content.samples)
+            mirrored.has_samples = True
         self._mirrored[folder] = mirrored
         return mirrored.run_id
 
@@ -147,6 +157,8 @@ class MlflowMirror:
             tags=dict(run.data.tags),
             params=set(run.data.params),
             has_datasets=bool(run.inputs and run.inputs.dataset_inputs),
+            models=(None, None),
+            has_samples=False,
             cursor=cursor,
         )
 

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_plasticity.config.analysis import AttentionConfig, OverfittingConfig, ProbesConfig
+from megatron_plasticity.config.analysis import (
+    AttentionConfig,
+    ModelCaptureConfig,
+    OverfittingConfig,
+    ProbesConfig,
+    TruncationConfig,
+)
 from megatron_plasticity.config.evaluation import EvaluateConfig, HarnessConfig
 from megatron_plasticity.config.interchange import ImportConfig
 from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig
@@ -15,7 +21,8 @@ from megatron_plasticity.data.prepare import TOKENIZER_FILE
 from megatron_plasticity.data.tokenizer import Tokenizer
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.models.checkpoint import CheckpointFolder, open_checkpoint
-from megatron_plasticity.tracking.progress import Both, FolderProgress, Progress
+from megatron_plasticity.parallel.grid import ProcessGrid
+from megatron_plasticity.tracking.progress import Both, FolderProgress, NoProgress, Progress
 from megatron_plasticity.tracking.run_folder import RunFolder
 
 
@@ -29,7 +36,9 @@ class TrainedModel:
         """The model at a run folder (its latest checkpoint) or checkpoint folder. Raises UserError if it cannot be used."""
         if (path / "state.json").is_file() and (run := RunFolder.open(path)).is_done:
             # Exactly what the run ended with: an earlier checkpoint in place of a damaged one would be another model.
-            path = path / run.results["checkpoint"]
+            if (place := run.results.get("checkpoint")) is None:
+                raise UserError(f"{path}: this {run.kind} run has made no model; name a run that has, or one of its checkpoints")
+            path = path / place
         checkpoint = open_checkpoint(path)
         return cls(checkpoint, RunFolder.containing(checkpoint.path))
 
@@ -52,22 +61,32 @@ class TrainedModel:
         return Tokenizer.load(self.tokenizer_path)
 
     def pretraining_run(self) -> RunFolder:
-        """The run that this model was pretrained in: its own, or that of the model it was fine-tuned from.
+        """The run that this model was pretrained in: its own, or that of the model that was fine-tuned or truncated to it.
 
         Raises UserError for a model that was pretrained elsewhere."""
         config = self.run.config
         if isinstance(config, FinetuneConfig):
             return TrainedModel.open(config.base).pretraining_run()
+        if isinstance(config, TruncationConfig):
+            return TrainedModel.open(config.run).pretraining_run()
         if isinstance(config, ImportConfig):
             raise UserError(
                 f"{self.run.path}: was pretrained elsewhere, so its training data is not known here. The train–validation gap "
-                "and attention maps need it; set `map_sequences: 0` for the spectra of the attention matrices alone"
+                "and attention maps need it; set `map_sequences: 0` for the spectra of the attention matrices alone. The loss of "
+                "truncated heads is measured on any text: name one by `text`"
             )
-        assert isinstance(config, PretrainConfig), "only training runs have checkpoints"
+        assert isinstance(config, PretrainConfig), "only runs of these kinds have checkpoints"
         return self.run
 
 
-ModelReading = EvaluateConfig | HarnessConfig | ProbesConfig | AttentionConfig | OverfittingConfig
+ModelReading = (
+    EvaluateConfig | HarnessConfig | ModelCaptureConfig | ProbesConfig | AttentionConfig | TruncationConfig | OverfittingConfig
+)
+
+
+def folder_on_model(kind: str, config: ModelReading, model: TrainedModel, inputs: Mapping[str, str] | None = None) -> RunFolder:
+    """The run folder of work on `model`, made if it is not there; `inputs` are hashes of what it reads beside the model."""
+    return RunFolder.create(config.output, kind, config.name, config, {"model": model.identity, **(inputs or {})})
 
 
 def run_on_model(
@@ -76,13 +95,25 @@ def run_on_model(
     work: Callable[[TrainedModel, RunFolder, Progress], Mapping[str, Any]],
     progress: Progress,
     inputs: Mapping[str, str] | None = None,
+    grid: ProcessGrid | None = None,
 ) -> RunFolder:
     """Do `work` on the model at `config.run` in its own run folder, unless done before; its result becomes results.json.
 
-    `inputs` are hashes of what it reads beside the model."""
+    `inputs` are hashes of what it reads beside the model. With a `grid` every process of it calls this and takes part in the
+    work; the run folder is the main process's.
+    """
     trained = TrainedModel.open(config.run)
-    folder = RunFolder.create(config.output, kind, config.name, config, {"model": trained.identity, **(inputs or {})})
-    if not folder.is_done:
-        with folder.running():
-            folder.mark_done(work(trained, folder, Both(progress, FolderProgress(folder))))
+    is_main = grid is None or grid.is_main
+    if is_main:
+        folder_on_model(kind, config, trained, inputs)
+    if grid is not None:
+        grid.barrier()
+    folder = folder_on_model(kind, config, trained, inputs)
+    if folder.is_done:
+        return folder
+    if not is_main:
+        work(trained, folder, NoProgress())
+        return folder
+    with folder.running():
+        folder.mark_done(work(trained, folder, Both(progress, FolderProgress(folder))))
     return folder

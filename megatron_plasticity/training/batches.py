@@ -11,13 +11,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from torch import Tensor
-
 from megatron_plasticity.config.deepspeed import accumulation_steps
-from megatron_plasticity.config.training import BatchConfig
+from megatron_plasticity.config.training import BatchConfig, Batching
 from megatron_plasticity.data.blocks import BlockReader
+from megatron_plasticity.data.micro_batch import MicroBatch
 from megatron_plasticity.data.order import SampleOrder
-from megatron_plasticity.data.sft import EncodedExample, collate
+from megatron_plasticity.data.sft import EncodedExample, collate, pack
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.parallel.grid import ProcessGrid
 
@@ -26,8 +25,8 @@ from megatron_plasticity.parallel.grid import ProcessGrid
 class StepBatch:
     """One optimizer step's work for one rank."""
 
-    micro_batches: list[tuple[Tensor, Tensor]]
-    """(inputs, targets), each [micro_batch_size, S] int64 on the CPU; one pair per accumulation step."""
+    micro_batches: list[MicroBatch]
+    """On the CPU, one per accumulation step, each of `micro_batch_size` sequences."""
     target_tokens: int
     """Targets that count towards the loss, in the whole global batch."""
     input_tokens: int
@@ -53,16 +52,28 @@ class PretrainBatches:
     def step(self, step: int) -> StepBatch:
         size = self._batch.global_batch_size
         blocks = self._order.blocks(step * size, (step + 1) * size)
-        micro_batches = [self._reader.batch(blocks[part]) for part in _slices(self._batch, self._grid)]
+        micro_batches = [MicroBatch(*self._reader.batch(blocks[part])) for part in _slices(self._batch, self._grid)]
         tokens = size * self._reader.sequence_length
         return StepBatch(micro_batches, target_tokens=tokens, input_tokens=tokens)
 
 
 class FinetuneBatches:
-    """Examples in a new order each epoch. Each rank knows every example's length, so it counts the global targets by itself."""
+    """Examples in a new order each epoch. Each rank knows every example's length, so it counts the global targets by itself.
+
+    Which examples a step sees is the same for every batching. Other than `as_drawn` sorts them within the global batch, the
+    longest first: then a micro-batch has examples of similar length, and so have the micro-batches that ranks compute at the same
+    time, where the quicker would wait for the slower; and a run that does not fit into memory fails at once.
+    """
 
     def __init__(
-        self, examples: Sequence[EncodedExample], epochs: int, batch: BatchConfig, grid: ProcessGrid, seed: int, padding_id: int
+        self,
+        examples: Sequence[EncodedExample],
+        epochs: int,
+        batch: BatchConfig,
+        grid: ProcessGrid,
+        seed: int,
+        padding_id: int,
+        batching: Batching = "as_drawn",
     ) -> None:
         """Raises UserError when all epochs together do not fill one global batch."""
         self.steps = len(examples) * epochs // batch.global_batch_size
@@ -73,19 +84,38 @@ class FinetuneBatches:
                 "batch.global_batch_size"
             )
         self._examples, self._batch, self._grid, self._padding_id = examples, batch, grid, padding_id
+        self._batching: Batching = batching
         self._order = SampleOrder(len(examples), seed)
 
     def step(self, step: int) -> StepBatch:
-        size = self._batch.global_batch_size
-        chosen = [self._examples[i] for i in self._order.blocks(step * size, (step + 1) * size)]
-        multiple = self._grid.tensor.size if self._grid.tensor.sequence else 1
-        micro_batches = [collate(chosen[part], self._padding_id, multiple) for part in _slices(self._batch, self._grid)]
+        chosen = self._chosen(step)
         # The first token of an example is never a target, the last one never an input.
         return StepBatch(
-            micro_batches,
+            [self._micro_batch(chosen[part]) for part in _slices(self._batch, self._grid)],
             target_tokens=sum(example.response_length for example in chosen),
-            input_tokens=sum(len(example.ids) - 1 for example in chosen),
+            input_tokens=sum(example.input_length for example in chosen),
         )
+
+    def padding_share(self) -> float:
+        """Share of all positions that the run computes, on all ranks, that hold no token. It depends on the layout."""
+        tokens = positions = 0
+        micro = self._batch.micro_batch_size
+        for step in range(self.steps):
+            chosen = self._chosen(step)
+            tokens += sum(example.input_length for example in chosen)
+            for start in range(0, len(chosen), micro):
+                positions += self._micro_batch(chosen[start : start + micro]).inputs.numel()
+        return 1.0 - tokens / positions
+
+    def _chosen(self, step: int) -> list[EncodedExample]:
+        """The global batch in the order in which it is cut into micro-batches."""
+        size = self._batch.global_batch_size
+        chosen = [self._examples[i] for i in self._order.blocks(step * size, (step + 1) * size)]
+        return chosen if self._batching == "as_drawn" else sorted(chosen, key=lambda example: -example.input_length)
+
+    def _micro_batch(self, examples: Sequence[EncodedExample]) -> MicroBatch:
+        multiple = self._grid.tensor.size if self._grid.tensor.sequence else 1
+        return (pack if self._batching == "packed" else collate)(examples, self._padding_id, multiple)
 
 
 def _slices(batch: BatchConfig, grid: ProcessGrid) -> Iterator[slice]:

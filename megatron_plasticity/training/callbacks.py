@@ -5,19 +5,14 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_plasticity.capture.recorder import Recorder
-from megatron_plasticity.capture.store import ActivationWriter
-from megatron_plasticity.config.analysis import CaptureConfig
 from megatron_plasticity.config.training import adamw_timescale
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.models.sizes import HEAD, TOKEN_EMBEDDING, flops_per_token
 from megatron_plasticity.tracking.progress import Progress
-from megatron_plasticity.training.activations import record_activations
 from megatron_plasticity.training.engine import TrainingEngine
 from megatron_plasticity.training.loop import Callback, StepOutcome
 
@@ -141,47 +136,6 @@ class LossEvaluation(Callback):
         self.last = self._evaluate(outcome.step)
         if self._is_main:
             self._write(outcome.step, self.last)
-
-
-class Capture(Callback):
-    """Dumps activations on fixed probe sequences at the configured steps into `folder`."""
-
-    def __init__(
-        self,
-        engine: TrainingEngine,
-        config: CaptureConfig,
-        inputs: Tensor,
-        total_steps: int,
-        folder: Path,
-        identity: dict[str, object],
-    ) -> None:
-        """`inputs` [sequences, S] int64. Raises UserError for a hook point that does not exist or a step after the last."""
-        late = [step for step in config.steps if step > total_steps]
-        if late:
-            raise UserError(f"capture.steps: {late} lie after the last step, {total_steps}")
-        self._engine, self._inputs, self._folder, self._identity = engine, inputs, folder, identity
-        self._steps = {*config.steps, *([total_steps] if config.at_end else [])}
-        self._recorder = Recorder(engine.model, config.points, config.positions, getattr(torch, config.dtype))
-
-    def before_step(self, step: int) -> None:
-        if step == 1 and 0 in self._steps:
-            self._dump(0)
-
-    def after_step(self, outcome: StepOutcome) -> None:
-        if outcome.step in self._steps:
-            self._dump(outcome.step)
-
-    def _dump(self, step: int) -> None:
-        if not self._engine.grid.is_main:
-            for batch in self._batches():
-                record_activations(self._engine, self._recorder, batch)
-            return
-        with ActivationWriter(self._folder, self._identity) as writer, writer.dump(step):
-            for batch in self._batches():
-                writer.add(record_activations(self._engine, self._recorder, batch))
-
-    def _batches(self) -> list[Tensor]:
-        return list(self._inputs.split(self._engine.recipe.batch.micro_batch_size))
 
 
 class Checkpoints(Callback):

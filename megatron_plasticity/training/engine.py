@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from megatron_plasticity.config.deepspeed import accumulation_steps, deepspeed_json, effective_zero_stage
 from megatron_plasticity.config.training import TrainingRecipe
+from megatron_plasticity.data.micro_batch import MicroBatch
 from megatron_plasticity.errors import UserError
+from megatron_plasticity.models.lora import Adapters
 from megatron_plasticity.models.loss import TokenLoss, token_loss
 from megatron_plasticity.models.partition import stage_layers, stage_of
 from megatron_plasticity.models.sizes import parameter_shapes
@@ -27,15 +29,22 @@ from megatron_plasticity.parallel.grid import ProcessGrid
 from megatron_plasticity.training.batches import StepBatch
 from megatron_plasticity.training.objective import Objective, training_loss
 from megatron_plasticity.training.optimizer_state import MOMENTS, Moment, create_state, full_moment, full_weight, restore
-from megatron_plasticity.training.pipeline import MicroBatch, PipelineSchedule, on_device, pipeline_module
+from megatron_plasticity.training.pipeline import PipelineSchedule, pipeline_module
 
 
 class TrainingEngine:
-    """A model under `deepspeed.initialize` with a torch AdamW in our decay groups."""
+    """A model, or adapters on it, under `deepspeed.initialize` with a torch AdamW in our decay groups."""
 
-    def __init__(self, model: Transformer, recipe: TrainingRecipe, weight_decay: float, grid: ProcessGrid) -> None:
+    def __init__(
+        self,
+        model: Transformer,
+        recipe: TrainingRecipe,
+        weight_decay: float,
+        grid: ProcessGrid,
+        adapters: Adapters | None = None,
+    ) -> None:
         """`model` is this process's part under the layout of `grid` (see `local_model`) and holds its fp32 initial weights; it
-        is moved and cast in place."""
+        is moved and cast in place. `adapters` are those that are attached to it."""
         import deepspeed
 
         self.model = model
@@ -43,7 +52,10 @@ class TrainingEngine:
         self.recipe = recipe
         self.zero_stage = effective_zero_stage(recipe.engine, grid.parallel)
         self.accumulation = accumulation_steps(recipe.batch, grid.data_size)
-        self.groups: DecayGroups = decay_groups(parameter_shapes(model.config), recipe.optimizer, weight_decay)
+        self.adapters = adapters
+        self.shapes = parameter_shapes(model.config) if adapters is None else adapters.shapes
+        """Whole shapes of what is trained, by name."""
+        self.groups: DecayGroups = decay_groups(self.shapes, recipe.optimizer, weight_decay)
         model.activation_checkpointing = recipe.engine.activation_checkpointing
         optimizer = make_adamw(optimizer_groups(model, self.groups, recipe.optimizer), recipe.optimizer, grid.device)
         settings = deepspeed_json(recipe.engine, recipe.batch, recipe.optimizer.gradient_clip, grid.parallel, grid.data_size)
@@ -87,8 +99,8 @@ class TrainingEngine:
         if self._pipeline is not None:
             self._pipeline.train(batch.micro_batches)
         else:
-            for inputs, targets in on_device(batch.micro_batches, self.grid):
-                self._engine.backward(self._scaled_loss(self._engine(inputs, targets), targets))
+            for micro_batch in batch.micro_batches:
+                self._engine.backward(self._loss_of(micro_batch))
                 if self._engine.is_gradient_accumulation_boundary() and self._norm_is_ours:
                     self._gradient_norm = _global_norm(self.model, self.grid)
                 self._engine.step()
@@ -110,7 +122,7 @@ class TrainingEngine:
 
     @torch.no_grad()
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Summed cross-entropy of micro-batches (inputs, targets) without gradients, fp64; 0 on processes that report none.
+        """Summed cross-entropy of micro-batches without gradients, fp64; 0 on processes that report none.
 
         A collective: every process must call it with as many micro-batches (ZeRO-3 gathers weights), those of one data-parallel
         rank with the same.
@@ -122,31 +134,43 @@ class TrainingEngine:
         else:
             self._engine.eval()
             try:
-                for inputs, targets in on_device(micro_batches, self.grid):
-                    self._scaled_loss(self._engine(inputs, targets), targets)
+                for micro_batch in micro_batches:
+                    self._loss_of(micro_batch)
             finally:
                 self._engine.train()
         return self._reported_cross_entropy()
 
     def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:
-        """Names and whole fp32 master weights of the whole model, one at a time, on the main process; None on the others.
+        """Names and whole fp32 master weights of the whole model, adapters merged into them, one at a time, on the main process;
+        None on the others.
 
         A collective: every process must exhaust it."""
+        trained = self.trained_weights()
+        if self.adapters is None:
+            yield from trained
+            return
+        for name in parameter_shapes(self.model.config):
+            a, b = (next(trained)[1], next(trained)[1]) if self.adapters.on(name) else (None, None)
+            yield name, self.adapters.merge(name, a, b) if self.grid.is_main else None
+
+    def trained_weights(self) -> Iterator[tuple[str, Tensor | None]]:
+        """As `full_weights`, of what is trained: the adapters where there are any, else the whole model."""
         return self._on_main(lambda parameter: full_weight(self._engine, parameter))
 
     def full_moments(self, moment: Moment) -> Iterator[tuple[str, Tensor | None]]:
-        """Names and whole AdamW moments, as `full_weights`."""
+        """Names and whole AdamW moments, as `trained_weights`."""
         return self._on_main(lambda parameter: full_moment(self._engine, parameter, moment))
 
     def restore(self, weights: Mapping[str, Tensor], moments: Mapping[Moment, Mapping[str, Tensor]], step: int) -> None:
-        """Continue from the whole model's fp32 weights and moments, by name, after `step` steps. The model must have been built
-        from `weights`."""
+        """Continue from fp32 weights and moments of all that is trained, by name, after `step` steps. The model must have been
+        built from `weights`."""
         assert set(moments) == set(MOMENTS)
 
         def part(name: str, whole: Tensor) -> Tensor:
             return self.model.sharding(name).take(whole, self.grid.tensor.rank)
 
-        restore(self._engine, dict(self.model.named_parameters()), weights, moments, part, step)
+        trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+        restore(self._engine, trained, weights, moments, part, step)
 
     def close(self) -> None:
         """Let go of hooks and buffers, so that the next run of this process starts clean."""
@@ -154,6 +178,10 @@ class TrainingEngine:
 
     def _pipeline_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
         return self._scaled_loss(token_loss(logits, targets, self.grid.tensor), targets)
+
+    def _loss_of(self, micro_batch: MicroBatch) -> Tensor:
+        batch = micro_batch.to(self.grid.device)
+        return self._scaled_loss(self._engine(batch.inputs, batch.targets, batch.segments), batch.targets)
 
     def _scaled_loss(self, losses: TokenLoss, targets: Tensor) -> Tensor:
         """What a micro-batch adds to the loss, as DeepSpeed wants it; its cross-entropy is noted."""
@@ -166,7 +194,7 @@ class TrainingEngine:
     def _on_main(self, gather: Any) -> Iterator[tuple[str, Tensor | None]]:
         parameters = dict(self.model.named_parameters())
         ranks = self.grid.tensor
-        for name in parameter_shapes(self.model.config):
+        for name in self.shapes:
             stage = stage_of(name, self.model.config, self.grid.parallel)
             whole = None
             if stage == self.grid.stage:

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 
+from megatron_plasticity.capture.sequences import ProbeSet
+from megatron_plasticity.config.analysis import CaptureConfig
+from megatron_plasticity.config.hashing import canonical
 from megatron_plasticity.config.support import check_supported
 from megatron_plasticity.config.training import FinetuneConfig
 from megatron_plasticity.data.prepare import TOKENIZER_FILE
 from megatron_plasticity.data.sft import EncodedExample, encode_examples
 from megatron_plasticity.data.tokenizer import Tokenizer
 from megatron_plasticity.errors import ConfigError, UserError
-from megatron_plasticity.evaluation.tasks import get_task
+from megatron_plasticity.evaluation.probe_set import choose_probe_set
+from megatron_plasticity.evaluation.tasks.prepared import overlap_warning
+from megatron_plasticity.evaluation.tasks.registry import get_task
+from megatron_plasticity.models.lora import Adapters
 from megatron_plasticity.models.transformer import local_model
 from megatron_plasticity.parallel.grid import ProcessGrid, process_grid, resolve_device
 from megatron_plasticity.tracking.progress import Both, FolderProgress, NoProgress, Progress
 from megatron_plasticity.tracking.run_folder import RunFolder
 from megatron_plasticity.tracking.trained_model import TrainedModel
+from megatron_plasticity.training.activations import capturing
 from megatron_plasticity.training.batches import FinetuneBatches
 from megatron_plasticity.training.session import held, training_session
+
+_log = logging.getLogger(__name__)
 
 
 def finetune(config: FinetuneConfig, progress: Progress) -> RunFolder:
@@ -37,7 +47,9 @@ def finetune(config: FinetuneConfig, progress: Progress) -> RunFolder:
 
 def finetune_folder(config: FinetuneConfig, base: TrainedModel) -> RunFolder:
     """The run folder of this config, made if it is not there."""
-    return RunFolder.create(config.output, "finetune", config.name, config, {"base": base.identity})
+    task = get_task(config.task).identity
+    inputs = {"base": base.identity, **({"task": task} if task else {})}
+    return RunFolder.create(config.output, "finetune", config.name, config, inputs)
 
 
 def _finetune(config: FinetuneConfig, base: TrainedModel, folder: RunFolder, grid: ProcessGrid, progress: Progress) -> None:
@@ -47,32 +59,48 @@ def _finetune(config: FinetuneConfig, base: TrainedModel, folder: RunFolder, gri
         )
     tokenizer = base.tokenizer()
     examples, without_response = _encoded(config, tokenizer)
-    batches = FinetuneBatches(examples, config.epochs, config.batch, grid, config.seed, tokenizer.end_of_text)
+    batches = FinetuneBatches(examples, config.epochs, config.batch, grid, config.seed, tokenizer.end_of_text, config.batching)
     weight_decay = config.optimizer.resolved_weight_decay(batches.steps)
     data_identity = {
         "base": base.identity,
-        "task": config.task.model_dump(),
+        "task": canonical(config.task),
         "template": config.template,
         "max_length": config.max_length,
         "seed": config.seed,
+        **({"task_sha256": identity} if (identity := get_task(config.task).identity) else {}),
+        **({"lora": canonical(config.lora)} if config.lora else {}),
     }
 
     model = local_model(base.checkpoint.model, grid)
-    model.load_whole(base.checkpoint.tensors())
-    with training_session(folder, "finetune", config, model, weight_decay, batches, data_identity, grid) as session:
+    weights = base.checkpoint.tensors()
+    model.load_whole(weights)
+    adapters = None
+    if config.lora is not None:
+        adapters = Adapters(config.lora, model.config, weights)
+        adapters.attach(model, config.seed)
+    with training_session(folder, "finetune", config, model, weight_decay, batches, data_identity, grid, adapters) as session:
         if grid.is_main:
-            print(session.engine.layout, flush=True)
+            if (warning := overlap_warning(get_task(config.task))) is not None:
+                _log.warning("%s", warning)
+            print(session.engine.layout)
+            print(session.engine.groups.table(session.engine.shapes), flush=True)
             shutil.copyfile(base.tokenizer_path, folder.path / TOKENIZER_FILE)
         show = Both(progress, FolderProgress(folder)) if grid.is_main else NoProgress()
-        session.run([], show, config.max_length)
+
+        def probes(capture: CaptureConfig) -> ProbeSet:
+            length = base.checkpoint.model.context_length
+            return choose_probe_set(capture, tokenizer, length, task=config.task, template=config.template)
+
+        with capturing(session, config.capture, probes) as captures:
+            session.run(captures, show, config.max_length)
         if grid.is_main:
             counts = {"examples": len(examples), "examples_without_response": without_response}
-            folder.mark_done({**session.results(), **counts})
+            folder.mark_done({**session.results(), **counts, "padding_share": batches.padding_share()})
 
 
 def _encoded(config: FinetuneConfig, tokenizer: Tokenizer) -> tuple[list[EncodedExample], int]:
     """Examples that have something to learn from, and the number of those whose prompt alone fills `max_length`."""
-    examples = get_task(config.task.name).train(config.task.train_examples, config.task.seed)
+    examples = get_task(config.task).train(config.task.train_examples, config.task.seed)
     pairs = [(example.prompt, example.response) for example in examples]
     encoded = encode_examples(tokenizer, config.template, pairs, config.max_length)
     useful = [example for example in encoded if example.response_length > 0]

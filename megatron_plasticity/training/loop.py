@@ -39,6 +39,9 @@ class Callback:
     def after_step(self, outcome: StepOutcome) -> None:
         """After the weights have changed."""
 
+    def before_checkpoint(self) -> None:
+        """A checkpoint is about to say that all steps before it are done: what they left behind must be on disk."""
+
     def at_stop(self, step: int) -> None:
         """The run was asked to stop after `step` steps: save what must not be lost."""
 

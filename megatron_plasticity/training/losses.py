@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from megatron_plasticity.data.blocks import BlockReader
+from megatron_plasticity.data.micro_batch import MicroBatch
 from megatron_plasticity.models.loss import IGNORE
 from megatron_plasticity.training.engine import TrainingEngine
 
@@ -28,13 +28,13 @@ def mean_cross_entropy(engine: TrainingEngine, reader: BlockReader, blocks: np.n
         micro_batches = [_micro_batch(reader, blocks, start, micro) for start in starts[first : first + _AT_ONCE]]
         total[0] += engine.evaluate(micro_batches)
         if grid.reports_loss:
-            total[1] += sum(int((targets != IGNORE).sum()) for _, targets in micro_batches)
+            total[1] += sum(int((micro_batch.targets != IGNORE).sum()) for micro_batch in micro_batches)
     total = grid.sum(total)
     return float(total[0] / total[1])
 
 
-def _micro_batch(reader: BlockReader, blocks: np.ndarray, start: int, size: int) -> tuple[Tensor, Tensor]:
+def _micro_batch(reader: BlockReader, blocks: np.ndarray, start: int, size: int) -> MicroBatch:
     mine = blocks[start : start + size]
     inputs, targets = reader.batch(np.concatenate([mine, np.repeat(blocks[:1], size - len(mine))]))
     targets[len(mine) :] = IGNORE
-    return inputs, targets
+    return MicroBatch(inputs, targets)

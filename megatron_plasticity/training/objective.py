@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from megatron_plasticity.models.attention import Segments
 from megatron_plasticity.models.loss import IGNORE, TokenLoss, token_loss
 from megatron_plasticity.models.transformer import Transformer
 
@@ -15,9 +16,9 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: Tensor, targets: Tensor) -> TokenLoss:
+    def forward(self, inputs: Tensor, targets: Tensor, segments: Segments | None = None) -> TokenLoss:
         """`inputs` and `targets` [B, S] int64 → losses [B, S] fp32, 0 where the target is ignored."""
-        return token_loss(self.model(inputs), targets, self.model.ranks)
+        return token_loss(self.model(inputs, segments=segments), targets, self.model.ranks)
 
 
 def training_loss(losses: TokenLoss, targets: Tensor, z_loss_weight: float) -> Tensor:

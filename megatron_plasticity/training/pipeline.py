@@ -11,11 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from megatron_plasticity.data.micro_batch import MicroBatch
 from megatron_plasticity.models.sizes import TOKEN_EMBEDDING
 from megatron_plasticity.models.transformer import Transformer
 from megatron_plasticity.parallel.grid import ProcessGrid
-
-MicroBatch = tuple[Tensor, Tensor]
 
 
 def pipeline_module(stage: Transformer, grid: ProcessGrid, loss: Callable[[Tensor, Tensor], Tensor]) -> Any:
@@ -53,24 +52,25 @@ class PipelineSchedule:
     def train(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Forward and backward of a step's micro-batches, and the optimizer step."""
         self._agree_on_shapes(micro_batches)
-        self._engine.train_batch(iter(micro_batches))
+        self._engine.train_batch(_pairs(micro_batches))
 
     def evaluate(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Forward passes without gradients, in evaluation mode; the loss function sees what comes out."""
         self._agree_on_shapes(micro_batches)
-        self._engine.eval_batch(iter(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches))
+        self._engine.eval_batch(_pairs(micro_batches), reduce_output=None, bcast_loss=False, num_micro_batches=len(micro_batches))
 
     def _agree_on_shapes(self, micro_batches: Sequence[MicroBatch]) -> None:
         """Stages tell each other the shape of what they send once, unless it changes. They all know the same micro-batches, so
         they all know when."""
-        shapes = {tuple(inputs.shape) for inputs, _ in micro_batches}
+        shapes = {tuple(micro_batch.inputs.shape) for micro_batch in micro_batches}
         self._engine.dynamic_shape = len(shapes) > 1
         if self._engine.dynamic_shape or shapes != {self._agreed_shape}:
             self._engine.reset_activation_shape()
         self._agreed_shape = None if self._engine.dynamic_shape else next(iter(shapes))
 
 
-def on_device(micro_batches: Sequence[MicroBatch], grid: ProcessGrid) -> Iterator[MicroBatch]:
-    """The micro-batches on the grid's device, each when its turn comes."""
-    for inputs, targets in micro_batches:
-        yield inputs.to(grid.device), targets.to(grid.device)
+def _pairs(micro_batches: Sequence[MicroBatch]) -> Iterator[tuple[Tensor, Tensor]]:
+    """What DeepSpeed's schedule takes; it has no place for segments (see config/support.py)."""
+    for micro_batch in micro_batches:
+        assert micro_batch.segments is None, "the stages after the first would not know of them"
+        yield micro_batch.inputs, micro_batch.targets

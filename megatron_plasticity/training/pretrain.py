@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from megatron_plasticity.capture.sequences import ProbeSet
+from megatron_plasticity.config.analysis import CaptureConfig
 from megatron_plasticity.config.training import PretrainConfig
 from megatron_plasticity.data.blocks import BlockReader
 from megatron_plasticity.data.ledger import Ledger, draw_consumed_blocks, write_ledger
@@ -14,15 +16,16 @@ from megatron_plasticity.data.prepare import TOKENIZER_FILE
 from megatron_plasticity.data.stream import corpus_hash, ledger_of, sample_order, training_blocks
 from megatron_plasticity.data.token_store import TokenStore
 from megatron_plasticity.data.tokenizer import Tokenizer, check_tokenizer_fits
+from megatron_plasticity.evaluation.probe_set import choose_probe_set
 from megatron_plasticity.models.initialisation import initialise
-from megatron_plasticity.models.sizes import parameter_count, parameter_shapes
+from megatron_plasticity.models.sizes import parameter_count
 from megatron_plasticity.models.transformer import local_model
 from megatron_plasticity.parallel.grid import ProcessGrid, process_grid, resolve_device
 from megatron_plasticity.tracking.progress import Both, FolderProgress, NoProgress, Progress
 from megatron_plasticity.tracking.run_folder import RunFolder
+from megatron_plasticity.training.activations import capturing
 from megatron_plasticity.training.batches import PretrainBatches
-from megatron_plasticity.training.callbacks import Capture, LossEvaluation
-from megatron_plasticity.training.loop import Callback
+from megatron_plasticity.training.callbacks import LossEvaluation
 from megatron_plasticity.training.losses import mean_cross_entropy
 from megatron_plasticity.training.session import TrainingSession, held, training_session
 
@@ -51,7 +54,8 @@ def pretrain(config: PretrainConfig, progress: Progress) -> RunFolder:
 def _pretrain(config: PretrainConfig, folder: RunFolder, grid: ProcessGrid, progress: Progress) -> None:
     corpus = config.data.folder
     store_sha256 = corpus_hash(config.data)
-    check_tokenizer_fits(Tokenizer.load(corpus / TOKENIZER_FILE), config.model)
+    tokenizer = Tokenizer.load(corpus / TOKENIZER_FILE)
+    check_tokenizer_fits(tokenizer, config.model)
     train_reader = training_blocks(config.data, config.model.context_length)
     held_out_reader = BlockReader(TokenStore(corpus / "held_out"), config.model.context_length)
     order = sample_order(config.data, train_reader)
@@ -76,19 +80,17 @@ def _pretrain(config: PretrainConfig, folder: RunFolder, grid: ProcessGrid, prog
             }
 
         evaluation = LossEvaluation(evaluate, config.total_steps, config.evaluate_every_steps, session.write_row, grid.is_main)
-        callbacks: list[Callback] = [evaluation]
-        if config.capture is not None:
-            probe_inputs, _ = held_out_reader.batch(np.arange(min(config.capture.sequences, len(held_out_reader))))
-            identity = {"run": folder.hash, "model": config.model.model_dump(), "weight_decay": config.weight_decay}
-            callbacks.append(
-                Capture(session.engine, config.capture, probe_inputs, config.total_steps, folder.path / "activations", identity)
-            )
+
+        def probes(capture: CaptureConfig) -> ProbeSet:
+            return choose_probe_set(capture, tokenizer, config.model.context_length, held_out=held_out_reader)
+
         if grid.is_main:
             print(session.engine.layout)
-            print(session.engine.groups.table(parameter_shapes(config.model)), flush=True)
+            print(session.engine.groups.table(session.engine.shapes), flush=True)
             shutil.copyfile(corpus / TOKENIZER_FILE, folder.path / TOKENIZER_FILE)
         show = Both(progress, FolderProgress(folder)) if grid.is_main else NoProgress()
-        session.run(callbacks, show, config.model.context_length)
+        with capturing(session, config.capture, probes) as captures:
+            session.run([evaluation, *captures], show, config.model.context_length)
 
         losses = evaluation.last or evaluate(config.total_steps)  # empty if only the results were missing
         if grid.is_main:

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_plasticity.config.training import TrainingRecipe
 from megatron_plasticity.errors import CheckpointError
 from megatron_plasticity.models.checkpoint import (
+    ADAPTERS,
     WEIGHTS,
     CheckpointFolder,
     damaged_checkpoints,
@@ -20,6 +21,7 @@ from megatron_plasticity.models.checkpoint import (
     open_checkpoint,
     save_checkpoint,
 )
+from megatron_plasticity.models.lora import Adapters
 from megatron_plasticity.models.transformer import Transformer
 from megatron_plasticity.parallel.grid import ProcessGrid
 from megatron_plasticity.tracking.disk import explain_disk_errors
@@ -45,7 +47,7 @@ class TrainingSession:
     batches: Batches
     start_step: int
     data_identity: dict[str, Any]
-    """What decides which samples a step reads; stored in checkpoints and compared on resume."""
+    """What decides which samples a step reads, and on which base; stored in checkpoints and compared on resume."""
     kind: str
     log: MetricLog | None
     """On the first rank only."""
@@ -53,11 +55,17 @@ class TrainingSession:
     def run(self, callbacks: list[Callback], progress: Progress, sequence_length: int) -> None:
         """Train to the last step. Metrics come first, so that a checkpoint is never ahead of them, and checkpoints last."""
         logging, total = self.recipe.logging, self.batches.steps
+
+        def save(step: int) -> None:
+            for callback in callbacks:
+                callback.before_checkpoint()
+            self.save(step)
+
         watchers: list[Callback] = [
             TrainingMetrics(self.engine, total, logging.every_steps, self.write_row, progress, sequence_length),
             Norms(self.engine, total, logging.norms_every_steps, self.write_row),
             *callbacks,
-            Checkpoints(self.save, total, self.recipe.checkpoint.every_steps),
+            Checkpoints(save, total, self.recipe.checkpoint.every_steps),
         ]
         with StopSignal() as stop:
             train(self.engine, self.batches, self.start_step, watchers, stop)
@@ -82,6 +90,8 @@ class TrainingSession:
     def save(self, step: int) -> None:
         """Write the checkpoint of `step`. A collective: tensors are gathered one by one, the first rank writes them."""
         tensors = {WEIGHTS: self.engine.full_weights()} | {m: self.engine.full_moments(m) for m in MOMENTS}
+        if self.engine.adapters is not None:
+            tensors[ADAPTERS] = self.engine.trained_weights()
         if not self.engine.grid.is_main:
             for pairs in tensors.values():
                 collections.deque(pairs, maxlen=0)
@@ -106,17 +116,19 @@ def training_session(
     batches: Batches,
     data_identity: dict[str, Any],
     grid: ProcessGrid,
+    adapters: Adapters | None = None,
 ) -> Iterator[TrainingSession]:
     """A session that starts where the run left off: from its latest intact checkpoint, else from `checkpoint.resume_from`, else
-    from `model` as it is.
+    from `model` as it is. With `adapters`, which are attached to it, only these come from a checkpoint.
 
     Raises CheckpointError if the checkpoint belongs to another model, λ, optimizer or data.
     """
     source = _starting_point(folder, recipe, grid)
-    weights = source.tensors() if source else None
+    group, shapes = (WEIGHTS, None) if adapters is None else (ADAPTERS, adapters.shapes)
+    weights = source.tensors(group, shapes) if source else None
     if source is not None and weights is not None and source.model == model.config:
         model.load_whole(weights)
-    engine = TrainingEngine(model, recipe, weight_decay, grid)
+    engine = TrainingEngine(model, recipe, weight_decay, grid, adapters)
     start_step = 0
     log = None
     try:
@@ -129,7 +141,7 @@ def training_session(
                 raise CheckpointError(
                     f"{source.path}: at step {start_step}, not before the last of the {batches.steps} steps of this run"
                 )
-            engine.restore(weights, {moment: source.tensors(moment) for moment in MOMENTS}, start_step)
+            engine.restore(weights, {moment: source.tensors(moment, shapes) for moment in MOMENTS}, start_step)
         log = MetricLog(folder.metrics_path, start_step) if grid.is_main else None
         yield TrainingSession(folder, recipe, engine, batches, start_step, data_identity, kind, log)
     finally:

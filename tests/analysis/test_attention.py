@@ -2,40 +2,35 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from megatron_plasticity.analysis.attention import (
-    attention_maps,
+    core_singular_values,
     layer_singular_values,
-    map_statistics,
-    product_singular_values,
     pseudo_rank,
-    run_attention,
     spectra,
     spectrum_measures,
+    triangle,
 )
-from megatron_plasticity.capture.recorder import Recorder
 from megatron_plasticity.config.analysis import AttentionRecipe
-from megatron_plasticity.config.model import Family
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.models.transformer import Transformer
 
 Make = Callable[..., Transformer]
 
 
-class Letters:
-    def decode(self, ids: list[int]) -> str:
-        return "".join(chr(97 + index % 26) for index in ids)
-
-
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
 def test_values_are_those_of_the_dense_products_of_each_head_and_its_group(make_model: Make, kv_heads: int) -> None:
     model = make_model(kv_heads=kv_heads)
-    qk, vp = layer_singular_values(dict(model.named_parameters()), model.config, layer=1)
+    found = layer_singular_values(dict(model.named_parameters()), model.config, layer=1)
+    assert list(found) == ["qk", "vp"]
+    qk, vp = found["qk"], found["vp"]
     attn = model.layers[1].attn
     assert qk.shape == vp.shape == (4, 12)
     for head in range(4):
@@ -50,10 +45,13 @@ def test_values_are_those_of_the_dense_products_of_each_head_and_its_group(make_
             assert exact[12:].max() < 1e-12
 
 
-def test_product_of_wide_factors_has_at_most_d_values() -> None:
+def test_heads_of_weights_that_have_lost_rank_keep_small_values_apart_from_zero() -> None:
+    """Singular values over eleven decades, as strong decay leaves them: an eigenvalue of Aᵀ·A would lose those below 1e-8."""
     generator = torch.Generator().manual_seed(0)
-    left, right = (torch.randn(5, 7, generator=generator, dtype=torch.float64) for _ in range(2))
-    torch.testing.assert_close(product_singular_values(left, right), torch.linalg.svdvals(left @ right.T))
+    exact = torch.logspace(0, -11, 12, dtype=torch.float64)
+    left, right = (torch.linalg.qr(torch.randn(1, 48, 12, generator=generator, dtype=torch.float64)).Q for _ in range(2))
+    found = core_singular_values(triangle(left * exact.sqrt()), triangle(right * exact.sqrt()))
+    torch.testing.assert_close(found[0], exact, rtol=1e-3, atol=1e-15)
 
 
 def test_gains_of_the_qk_norm_are_folded_in_when_asked(make_model: Make) -> None:
@@ -62,13 +60,20 @@ def test_gains_of_the_qk_norm_are_folded_in_when_asked(make_model: Make) -> None
     torch.nn.init.uniform_(attn.q_norm.weight, 0.5, 2.0)  # type: ignore[union-attr,arg-type]
     torch.nn.init.uniform_(attn.k_norm.weight, 0.5, 2.0)  # type: ignore[union-attr,arg-type]
     state = dict(model.named_parameters())
-    plain, _ = layer_singular_values(state, model.config, 0)
-    folded, _ = layer_singular_values(state, model.config, 0, fold_qk_norm=True)
+    plain, folded = (layer_singular_values(state, model.config, 0, fold)["qk"] for fold in (False, True))
     query = torch.diag(attn.q_norm.weight.double()) @ attn.q_proj.weight.double()  # type: ignore[union-attr]
     key = torch.diag(attn.k_norm.weight.double()) @ attn.k_proj.weight.double()  # type: ignore[union-attr]
     exact = torch.linalg.svdvals(key[12:24].T @ query[12:24])[:12]
     torch.testing.assert_close(folded[1], exact, rtol=1e-5, atol=1e-12)
     assert not torch.allclose(plain[1], folded[1], rtol=0.01)
+
+    both = spectra(state, model.config, AttentionRecipe(fold_qk_norm="both"))
+    assert list(both["layers"][0]) == ["qk", "qk_folded", "vp"]
+    for fold, name in ((False, "qk"), (True, "qk_folded")):
+        alone = spectra(state, model.config, AttentionRecipe(fold_qk_norm=fold))
+        assert both["layers"][0][name] == alone["layers"][0]["qk"]
+        assert both["summary"][f"{name}_pseudo_rank"] == alone["summary"]["qk_pseudo_rank"]
+        assert both["mean_spectrum"][name] == alone["mean_spectrum"]["qk"]
 
 
 def test_a_family_without_qk_norm_has_nothing_to_fold(make_model: Make) -> None:
@@ -99,60 +104,51 @@ def test_measures_of_known_spectra() -> None:
     assert measures["entropy_rank"] == pytest.approx([4, math.exp(entropy), 0])
 
 
-@pytest.mark.parametrize("family", ["llama2", "olmo2"])
-@torch.no_grad()
-def test_maps_are_those_of_the_forward_pass(make_model: Make, family: Family) -> None:
-    """The recomputed weights times the recorded v must be the recorded z, and equal softmax attention written out."""
-    model = make_model(family)
-    tokens = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))
-    recorded = Recorder(model, ["layers.2.attn.*"]).record(tokens)
-    query, key, value, z = (recorded[f"layers.2.attn.{name}"] for name in ("q", "k", "v", "z"))
-    weights = torch.zeros(2, 4, 9, 9)
-    for row in range(2):
-        for head in range(4):
-            for i in range(9):
-                scores = key[row, head // 2, : i + 1] @ query[row, head, i] / math.sqrt(12)
-                weights[row, head, i, : i + 1] = torch.softmax(scores, 0)
-    mixed = (weights @ value.repeat_interleave(2, dim=1)).transpose(1, 2).flatten(2)
-    torch.testing.assert_close(mixed, z, rtol=1e-5, atol=1e-5)
+class Lookups(Mapping[str, Tensor]):
+    """Weights that note what is looked up."""
 
-    maps = attention_maps(model, tokens, Letters())
-    expected = map_statistics(weights)
-    assert maps["layers"][2] == {name: pytest.approx(values, abs=1e-5) for name, values in expected.items()}
-    example = next(map for map in maps["example_maps"] if (map["layer"], map["head"]) == (2, 2))
-    torch.testing.assert_close(torch.tensor(example["weights"]), weights[0, 2], rtol=0, atol=6e-5)
-    assert example["tokens"] == [Letters().decode([token]) for token in tokens[0].tolist()]
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self.weights = weights
+        self.seen: list[str] = []
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.seen.append(name)
+        return self.weights[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.weights)
+
+    def __len__(self) -> int:
+        return len(self.weights)
 
 
-def statistics(rows: list[list[float]]) -> dict[str, float]:
-    return {name: values[0] for name, values in map_statistics(torch.tensor(rows)[None, None]).items()}
+def spectra_of(model: Transformer, **recipe: Any) -> dict[str, Any]:
+    return spectra(dict(model.named_parameters()), model.config, AttentionRecipe(**recipe))
 
 
-def test_statistics_of_known_maps() -> None:
-    uniform = statistics([[1, 0, 0], [1 / 2, 1 / 2, 0], [1 / 3, 1 / 3, 1 / 3]])
-    assert uniform["entropy"] == pytest.approx((math.log(2) + math.log(3)) / 3, abs=1e-6)
-    assert uniform["sink"] == pytest.approx((1 / 2 + 1 / 3) / 2)  # query 0 is left out
-    assert uniform["previous_token"] == pytest.approx((1 / 2 + 1 / 3) / 2)
-    assert statistics([[1, 0, 0], [1, 0, 0], [1, 0, 0]]) == {"entropy": 0, "sink": 1, "previous_token": 0.5}
-    assert statistics([[1, 0, 0], [1, 0, 0], [0, 1, 0]]) == {"entropy": 0, "sink": 0.5, "previous_token": 1}
+def test_spectra_look_at_four_tensors_of_a_layer_once(make_model: Make) -> None:
+    weights = Lookups(dict(make_model().named_parameters()))
+    spectra(weights, make_model().config, AttentionRecipe())
+    names = ("q_proj", "k_proj", "out_proj", "v_proj")
+    assert sorted(weights.seen) == sorted(f"layers.{layer}.attn.{name}.weight" for layer in range(3) for name in names)
 
 
-def test_statistics_are_means_over_sequences() -> None:
-    sink, local = torch.tensor([[1.0, 0, 0], [1, 0, 0], [1, 0, 0]]), torch.eye(3)
-    both = map_statistics(torch.stack([sink, local])[:, None])
-    assert both["sink"] == [0.5]
-
-
-def run(model: Transformer, **recipe: object) -> tuple[dict, Tensor]:
-    tokens = torch.randint(64, (3, 32), generator=torch.Generator().manual_seed(2))
-    return run_attention(model, AttentionRecipe(**recipe), tokens, Letters()), tokens  # type: ignore[arg-type]
+def test_threads_change_nothing_and_are_as_they_were(make_model: Make) -> None:
+    before = torch.get_num_threads()
+    alone = spectra_of(make_model())
+    torch.set_num_threads(2)
+    try:
+        assert spectra_of(make_model()) == alone
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_results_have_the_agreed_shape_and_are_json(make_model: Make) -> None:
-    results, tokens = run(make_model(), map_sequences=2, map_length=16)
+    results = spectra_of(make_model())
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     assert len(results["layers"]) == 3
-    assert set(results["layers"][0]) == {"qk", "vp", "maps"}
+    assert set(results["layers"][0]) == {"qk", "vp"}
     assert set(results["layers"][0]["qk"]["pseudo_rank"]) == {"0.90", "0.95", "0.99"}
     assert results["head_dim"] == len(results["mean_spectrum"]["qk"][0]) == 12
     for kind in ("qk", "vp"):
@@ -161,18 +157,6 @@ def test_results_have_the_agreed_shape_and_are_json(make_model: Make) -> None:
         )
         ranks = [layer[kind]["pseudo_rank"]["0.95"] for layer in results["layers"]]
         assert results["summary"][f"{kind}_pseudo_rank"] == pytest.approx(sum(map(sum, ranks)) / 12)
-    assert results["map_tokens"] == 16
-    assert [(map["layer"], map["head"]) for map in results["example_maps"]] == [
-        (layer, head) for layer in range(3) for head in (0, 2)
-    ]
-    assert len(results["example_maps"][0]["tokens"]) == 16
-    assert results["layers"][1]["maps"] == attention_maps(make_model(), tokens[:2, :16])["layers"][1]
-
-
-def test_maps_can_be_left_out(make_model: Make) -> None:
-    results, _ = run(make_model(), map_sequences=0)
-    assert "example_maps" not in results
-    assert set(results["layers"][0]) == {"qk", "vp"}
 
 
 def test_weights_decayed_to_zero_have_rank_zero_and_no_nan(make_model: Make) -> None:
@@ -180,14 +164,14 @@ def test_weights_decayed_to_zero_have_rank_zero_and_no_nan(make_model: Make) -> 
     with torch.no_grad():
         for block in model.layers:
             block.attn.q_proj.weight.zero_()  # type: ignore[union-attr]
-    results, _ = run(model, map_sequences=0)
+    results = spectra_of(model)
     json.dumps(results, allow_nan=False)
     assert results["summary"]["qk_pseudo_rank"] == 0
     assert results["mean_spectrum"]["qk"][0] == [0.0] * 12
     assert results["summary"]["vp_pseudo_rank"] > 0
 
 
-def test_diverged_or_missing_weights_and_too_short_maps_are_named(make_model: Make) -> None:
+def test_diverged_or_missing_weights_are_named(make_model: Make) -> None:
     model = make_model()
     state = dict(model.named_parameters())
     with pytest.raises(UserError, match=r"no weight layers.1.attn.k_proj.weight"):
@@ -196,12 +180,15 @@ def test_diverged_or_missing_weights_and_too_short_maps_are_named(make_model: Ma
             model.config,
             AttentionRecipe(),
         )
-    with pytest.raises(UserError, match="2 tokens or more"):
-        run(model, map_length=1)
     with torch.no_grad():
         model.layers[1].attn.v_proj.weight[0, 0] = math.nan  # type: ignore[union-attr,index]
     with pytest.raises(UserError, match=r"layers.1.attn.v_proj.weight is not finite"):
-        run(model)
-    with pytest.raises(UserError, match="diverged"):
-        model.layers[1].attn.k_proj.weight.data[0, 0] = math.nan  # type: ignore[union-attr,index]
-        attention_maps(model, torch.zeros(1, 4, dtype=torch.int64))
+        spectra_of(model)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [("thresholds", ()), ("thresholds", (1.5,)), ("map_length", 1), ("fold_qk_norm", "once")]
+)
+def test_what_cannot_be_measured_is_refused_by_the_config(key: str, value: object) -> None:
+    with pytest.raises(ValidationError, match=key):
+        AttentionRecipe(**{key: value})  # type: ignore[arg-type]

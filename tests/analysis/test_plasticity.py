@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -270,3 +271,78 @@ def test_losses_of_single_sequences_are_compared() -> None:
     ]
     assert plasticity(points, resamples=20)["paired_losses"]["neighbours"][0]["gap"]["value"] == pytest.approx(1)
     assert "paired_losses" not in plasticity(points[:1], resamples=20)
+
+
+# --- test sets and variants ---
+
+
+def test_test_sets_count_alike_whatever_their_size() -> None:
+    outcome = TaskOutcome([1.0] * 10 + [0.0] * 90, [0.0] * 100, strata=(10, 90))
+    curve = task_curve([GridPoint(0.1, None, {"sums": outcome})], "sums", 50, 0)
+    assert curve.scores == pytest.approx([0.5])
+    assert curve.resampled == pytest.approx(np.full((50, 1), 0.5)), "resamples are drawn within each set"
+    assert curve.correct is None, "questions of different weights have no sign test"
+
+
+def test_one_stratum_is_as_good_as_none() -> None:
+    def found(strata: tuple[int, ...]) -> dict[str, Any]:
+        scores = {0.1: 0.3, 1.0: 0.6}
+        points = [GridPoint(d, None, {"sums": TaskOutcome(answers(s), strata=strata)}) for d, s in scores.items()]
+        return plasticity(points, resamples=40)
+
+    assert found(()) == found((100,))
+
+
+def test_the_interval_of_a_stratified_mean_is_that_of_its_sets() -> None:
+    generator = np.random.default_rng(1)
+    small, large = (generator.random(20) < 0.5).astype(float), (generator.random(500) < 0.5).astype(float)
+    outcome = TaskOutcome([*small, *large], strata=(20, 500))
+    curve = task_curve([GridPoint(0.1, None, {"sums": outcome})], "sums", 4000, 0)
+    expected = np.sqrt(small.var() / 20 + large.var() / 500) / 2
+    assert curve.resampled.std() == pytest.approx(expected, rel=0.05)
+
+
+def test_other_test_sets_are_not_comparable() -> None:
+    points = [GridPoint(d, None, {"sums": TaskOutcome(answers(0.5), strata=k)}) for d, k in ((0.1, (40, 60)), (1.0, (60, 40)))]
+    with pytest.raises(UserError, match=r"test sets at λ=0\.1 and at λ=1 are different"):
+        task_curve(points, "sums", 10, 0)
+
+
+def variants(scores: dict[str, dict[float, float]], task: str = "sums") -> list[GridPoint]:
+    """Variant → λ → score."""
+    decays = sorted({decay for found in scores.values() for decay in found})
+    return [
+        GridPoint(
+            decay,
+            None,
+            {
+                f"{task}, {variant}": TaskOutcome(answers(found[decay]), task=task, variant=variant)
+                for variant, found in scores.items()
+                if decay in found
+            },
+        )
+        for decay in decays
+    ]
+
+
+def test_variants_of_a_task_are_resampled_together() -> None:
+    same = {0.1: 0.3, 1.0: 0.6}
+    result = plasticity(variants({"a": same, "b": same, "c": same}), resamples=200)
+    alone = plasticity(variants({"a": same}), resamples=200)
+    for row, expected in zip(result["mean"]["scores"], alone["mean"]["scores"], strict=True):
+        assert row["score"] == pytest.approx(expected["score"]), "three copies of one measurement say no more than it"
+    assert result["task_means"]["sums"]["scores"] == result["mean"]["scores"]
+
+
+def test_whether_the_order_of_weight_decays_survives() -> None:
+    rising, falling = {0.1: 0.2, 0.5: 0.4, 1.0: 0.6}, {0.1: 0.6, 0.5: 0.4, 1.0: 0.2}
+    found = plasticity(variants({"a": rising, "b": falling, "c": {0.1: 0.3, 1.0: 0.5}}), resamples=100)["variants"]
+    assert {name: each["best"]["weight_decay"] for name, each in found.items()} == {"a": 1.0, "b": 0.1, "c": 1.0}
+    assert found["b"]["rank_correlation"] == pytest.approx(-1)
+    assert "rank_correlation" not in found["a"]
+    assert "rank_correlation" not in found["c"], "two λ have no rank correlation"
+    assert found["b"]["score"]["value"] == pytest.approx(0.6)
+
+
+def test_one_variant_is_not_compared() -> None:
+    assert not {"variants", "task_means"} & plasticity(grid({0.1: 0.3, 1.0: 0.5}), resamples=20).keys()

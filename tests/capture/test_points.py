@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import pytest
+from torch import Tensor
 
-from megatron_plasticity.capture.points import hook_points, layer_of, match_points, sequence_axis
+from megatron_plasticity.capture.points import hook_points, layer_of, match_points, sequence_axis, state_shape
+from megatron_plasticity.capture.recorder import Recorder
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.models.transformer import Transformer
 
@@ -50,3 +52,15 @@ def test_a_glob_without_a_match_names_what_there_is(model: Transformer, glob: st
 def test_layer_and_axis_of_a_point() -> None:
     assert [layer_of(name) for name in ("embed", "layers.12.attn.q", "head")] == [None, 12, None]
     assert [sequence_axis(name) for name in ("layers.0.attn.q", "layers.0.attn.z", "embed")] == [2, 1, 1]
+
+
+def test_logits_are_taken_by_name_alone(model: Transformer) -> None:
+    assert match_points(model.config, ["logits", "embed"]) == ["embed", "logits"]
+    assert "logits" not in match_points(model.config, ["*"])
+    with pytest.raises(UserError, match="nearest: logits"):
+        match_points(model.config, ["logit"])
+
+
+def test_shape_of_a_state_is_that_of_what_is_recorded(model: Transformer, tokens: Tensor) -> None:
+    for point, recorded in Recorder(model, ["*"], positions="last").record(tokens).items():
+        assert tuple(recorded.shape[1:]) == state_shape(point, model.config), point

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from megatron_plasticity.capture.points import hook_points, sequence_axis
-from megatron_plasticity.capture.recorder import Recorder
+from megatron_plasticity.capture.recorder import Positions, Recorder
 from megatron_plasticity.models.attention import attend
 from megatron_plasticity.models.transformer import Transformer
 
@@ -93,3 +93,31 @@ def test_a_recorder_is_attached_once(model: Transformer) -> None:
     with Recorder(model, ["embed"]) as recorder, pytest.raises(RuntimeError, match="attached already"), recorder:
         pass
     assert not model.embed._forward_hooks
+
+
+@pytest.mark.parametrize("positions", ["all", "last"])
+def test_kept_positions_are_those_of_the_whole_recording(model: Transformer, tokens: Tensor, positions: Positions) -> None:
+    kept = torch.tensor([[2, 7], [0, -1], [9, -1]])[:, : 1 if positions == "last" else 2]
+    whole, chosen = Recorder(model, ["*"]).record(tokens), Recorder(model, ["*"], positions).record(tokens, kept=kept)
+    for name, recorded in chosen.items():
+        axis = sequence_axis(name)
+        for row, places in enumerate(kept.tolist()):
+            for column, place in enumerate(places):
+                found = recorded[row] if positions == "last" else recorded[row].select(axis - 1, column)
+                expected = whole[name][row].select(axis - 1, place) if place >= 0 else torch.zeros_like(found)
+                assert torch.equal(found, expected), (name, row, place)
+
+
+@pytest.mark.parametrize("positions", ["all", "last"])
+def test_logits_are_the_largest_of_the_head_with_their_ids(model: Transformer, tokens: Tensor, positions: Positions) -> None:
+    record = Recorder(model, ["head", "logits"], positions, top_k=4).record(tokens)
+    assert list(record) == ["head", "logits.values", "logits.ids"]
+    assert record["logits.ids"].dtype == torch.int64
+    assert torch.equal(record["head"].gather(-1, record["logits.ids"]), record["logits.values"])
+    assert torch.equal(record["logits.values"], record["head"].sort(dim=-1, descending=True).values[..., :4])
+
+
+def test_logits_are_all_there_are_of_a_small_vocabulary(model: Transformer, tokens: Tensor) -> None:
+    record = Recorder(model, ["logits"], dtype=torch.bfloat16, top_k=1000).record(tokens)
+    assert record["logits.ids"].shape == (3, 10, 50)
+    assert record["logits.values"].dtype == torch.bfloat16

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from megatron_plasticity.capture import store as store_module
-from megatron_plasticity.capture.store import ActivationStore, ActivationWriter
+from megatron_plasticity.capture import writer as writer_module
+from megatron_plasticity.capture.statistics import StreamingStatistics
+from megatron_plasticity.capture.store import ActivationStore
+from megatron_plasticity.capture.writer import ActivationWriter
 from megatron_plasticity.errors import UserError
 
 IDENTITY = {"family": "llama2", "layers": 2, "weight_decay": 0.1, "betas": (0.9, 0.95)}
@@ -46,6 +48,45 @@ def test_what_was_added_is_read_back_however_it_is_cut(tmp_path: Path, shard_byt
     assert torch.equal(store.read(7, "layers.0.attn.q"), -expected)
     files = [name for name in shards(tmp_path) if "embed" in name]
     assert len(files) == {1: 3, 100: 2, 200: 1, 1 << 20: 1}[shard_bytes]  # batches of 96, 48 and 96 bytes
+
+
+def test_rows_are_read_from_the_shards_that_hold_them(tmp_path: Path) -> None:
+    write(tmp_path, 7, batch(0), batch(100, rows=2), batch(200), shard_bytes=1)
+    array = ActivationStore(tmp_path).array(7, "embed")
+    whole = array[:]
+    assert (array.shape, array.dtype, len(array)) == (tuple(whole.shape), torch.float32, 10)
+    for start in range(11):
+        for stop in range(start, 11):
+            assert torch.equal(array[start:stop], whole[start:stop])
+    (tmp_path / "step-7" / "take-1" / "embed-00002.safetensors").unlink()
+    assert torch.equal(array[:6], whole[:6]), "a shard that holds none of the rows is not touched"
+    with pytest.raises(UserError, match=r"embed-00002.safetensors: this shard is missing"):
+        array[5:7]
+    with pytest.raises(ValueError, match="stride of 2"):
+        array[::2]
+
+
+def test_statistics_are_part_of_a_dump_and_go_with_it(tmp_path: Path) -> None:
+    streaming = StreamingStatistics()
+    streaming.add(torch.randn(5, 3))
+    for _ in range(2):
+        with ActivationWriter(tmp_path, IDENTITY) as writer, writer.dump(5):
+            writer.add_statistics("embed", streaming.tensors())
+            with pytest.raises(ValueError, match="has statistics of 'embed' already"):
+                writer.add_statistics("embed", streaming.tensors())
+    store = ActivationStore(tmp_path)
+    assert (store.steps, store.points(5), store.points_with_statistics(5)) == ([5], [], ["embed"])
+    found = store.statistics(5, "embed")
+    assert found.count == 5
+    assert found.covariance is not None
+    assert torch.equal(found.covariance, streaming.result.covariance)  # type: ignore[arg-type]
+    assert shards(tmp_path) == ["manifest.jsonl", "step-5/take-2/embed-statistics.safetensors"]
+    with pytest.raises(UserError, match="no point 'statistics of head'; it has embed"):
+        store.statistics(5, "head")
+    path = tmp_path / "step-5/take-2/embed-statistics.safetensors"
+    path.write_bytes(path.read_bytes()[:-8])
+    with pytest.raises(UserError, match="truncated or damaged"):
+        store.statistics(5, "embed")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -93,18 +134,16 @@ def test_one_writer_takes_several_dumps_and_flush_waits_for_them(tmp_path: Path)
 KILLED = """
 import os, signal, sys, torch
 from pathlib import Path
-from megatron_plasticity.capture import store
-fatal = int(sys.argv[2])
-real = store.save_file
-def save_file(tensors, path, metadata):
+from megatron_plasticity.capture.writer import ActivationWriter
+fatal, rename = int(sys.argv[2]), os.replace
+def replace(source, target):
     global fatal
-    if fatal == 0:
-        Path(path).write_bytes(b"half a shard")
+    if fatal == 0:  # the shard is written, but not under its name
         os.kill(os.getpid(), signal.SIGKILL)
     fatal -= 1
-    real(tensors, path, metadata)
-store.save_file = save_file
-with store.ActivationWriter(Path(sys.argv[1]), {"m": 1}, shard_bytes=1) as writer, writer.dump(5):
+    rename(source, target)
+os.replace = replace
+with ActivationWriter(Path(sys.argv[1]), {"m": 1}, shard_bytes=1) as writer, writer.dump(5):
     for offset in (10.0, 20.0):
         writer.add({"embed": torch.full((2, 3), offset)})
 """
@@ -142,14 +181,14 @@ def test_a_manifest_row_that_was_cut_short_is_no_row(tmp_path: Path) -> None:
 
 def test_memory_is_bounded_and_the_caller_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gate, entered = threading.Event(), threading.Event()
-    real = store_module.save_file
+    real = writer_module.write_tensors
 
     def slow(*arguments: object, **options: object) -> None:
         entered.set()
         assert gate.wait(30)
         real(*arguments, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(store_module, "save_file", slow)
+    monkeypatch.setattr(writer_module, "write_tensors", slow)
     size = sum(tensor.nbytes for tensor in batch(0).values())
     held: list[int] = []
     with ActivationWriter(tmp_path, IDENTITY, memory_bytes=2 * size) as writer:
@@ -189,7 +228,7 @@ def test_an_error_of_the_thread_reaches_the_caller(
         raise error
 
     write(tmp_path, 3, batch(3))
-    monkeypatch.setattr(store_module, "save_file", fail)
+    monkeypatch.setattr(writer_module, "write_tensors", fail)
     writer = ActivationWriter(tmp_path, IDENTITY, shard_bytes=1, memory_bytes=1)
 
     def keep_adding() -> None:
@@ -211,13 +250,16 @@ def test_an_error_after_the_last_call_is_raised_at_the_end(tmp_path: Path, monke
     def fail(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(store_module, "save_file", fail)
+    monkeypatch.setattr(writer_module, "write_tensors", fail)
     with pytest.raises(UserError, match="disk is full"):
         write(tmp_path, 4, batch(0))
 
 
 def test_a_folder_of_another_model_is_refused_with_the_difference(tmp_path: Path) -> None:
     write(tmp_path, 1, batch(0))
+    assert ActivationStore(tmp_path, {"weight_decay": 0.1}).steps == [1], "a reader may know a part only"
+    with pytest.raises(UserError, match="another model"):
+        ActivationWriter(tmp_path, {"weight_decay": 0.1})
     other = {**IDENTITY, "weight_decay": 1.0}
     for use in (lambda: ActivationWriter(tmp_path, other), lambda: ActivationStore(tmp_path, other)):
         with pytest.raises(UserError, match=r"another model \(weight_decay: 0.1 there, 1.0 here\)"):

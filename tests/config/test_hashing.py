@@ -10,7 +10,8 @@ from pydantic import Field
 from megatron_plasticity.config import hashing
 from megatron_plasticity.config.base import Section, added_later, neutral
 from megatron_plasticity.config.hashing import HASH_DIGITS, KINDS, RESULTS_VERSION, canonical, config_hash, kind_of
-from megatron_plasticity.config.training import OptimizerConfig, PretrainConfig, TaskConfig
+from megatron_plasticity.config.tasks import TaskConfig
+from megatron_plasticity.config.training import OptimizerConfig, PretrainConfig
 
 
 class Inner(Section):

@@ -16,7 +16,14 @@ from megatron_plasticity.config.load import check_config, merge
 from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.config.parallel import ParallelConfig
 from megatron_plasticity.config.support import SUPPORT, check_supported
-from megatron_plasticity.config.training import EngineConfig, FinetuneConfig, PretrainConfig, TrainingRecipe
+from megatron_plasticity.config.training import (
+    EngineConfig,
+    FinetuneConfig,
+    FinetuneRecipe,
+    LoraConfig,
+    PretrainConfig,
+    TrainingRecipe,
+)
 from megatron_plasticity.errors import ConfigError
 from megatron_plasticity.parallel.grid import process_grid
 from megatron_plasticity.training import engine as training_engine
@@ -46,9 +53,17 @@ BASE: Tree = {
 }
 
 
+FINETUNE: Tree = {
+    **{key: value for key, value in BASE.items() if key not in ("model", "data", "steps")},
+    "base": "runs/base",
+    "task": {"name": "arithmetic"},
+    "max_length": 16,
+}
+
+
 @dataclass(frozen=True)
 class Example:
-    """Changes to `BASE` that a row of the table is about."""
+    """Changes to `BASE`, or to `FINETUNE` if they are settings of fine-tuning, that a row of the table is about."""
 
     accepted: Tree
     refused: Tree | None = None
@@ -149,6 +164,38 @@ EXAMPLES: dict[str, list[Example]] = {
             says=("optimizer.implementation: apex", "engine.zero_stage: 3"),
         )
     ],
+    "fine-tuning batched as drawn or by length": [
+        Example({"batching": batching, **parallel(pipeline=2, tensor=2, sequence=True), **stage(1)})
+        for batching in ("as_drawn", "by_length")
+    ],
+    "packed fine-tuning × ZeRO 0–3 × data, tensor and sequence parallelism": [
+        Example({"batching": "packed", **stage(number), **parallel(tensor=2, sequence=sequence)})
+        for number in range(4)
+        for sequence in (False, True)
+    ],
+    "packed fine-tuning × pipeline": [
+        Example(
+            accepted={"batching": "by_length", **parallel(pipeline=2)},
+            refused={"batching": "packed", **parallel(pipeline=2)},
+            says=("batching: packed", "parallel.pipeline=2", "use batching: by_length"),
+        )
+    ],
+    "LoRA × ZeRO 0–3 × data parallelism, with every batching": [
+        Example({"lora": {}, "batching": batching, **stage(number)})
+        for number in range(4)
+        for batching in ("as_drawn", "by_length", "packed")
+    ],
+    "LoRA × tensor parallelism or pipeline": [
+        Example(
+            accepted={"lora": {}, **stage(3)},
+            refused={"lora": {}, **layout},
+            says=("lora", "zero_stage: 3", *says),
+        )
+        for layout, says in (
+            (parallel(tensor=2), ("parallel.tensor=2",)),
+            (parallel(pipeline=2), ("parallel.pipeline=2",)),
+        )
+    ],
 }
 
 each_example = pytest.mark.parametrize(
@@ -157,7 +204,9 @@ each_example = pytest.mark.parametrize(
 )
 
 
-def read(changes: Tree) -> PretrainConfig:
+def read(changes: Tree) -> TrainingRecipe:
+    if changes.keys() & FinetuneRecipe.model_fields.keys() - TrainingRecipe.model_fields.keys():
+        return check_config(FinetuneConfig, merge(FINETUNE, changes), "config.yaml")
     return check_config(PretrainConfig, merge(BASE, changes), "config.yaml")
 
 
@@ -194,14 +243,16 @@ def test_a_row_concerns_its_own_configs_only(row: Any) -> None:
                 assert row.problem(settings, model) is None
 
 
-def recipe_without_check(tree: Tree) -> PretrainConfig:
-    """The config as it would be if nothing checked what goes together."""
-    config = read({})
+def recipe_without_check(tree: Tree) -> FinetuneRecipe:
+    """The recipe as it would be if nothing checked what goes together."""
+    config = check_config(FinetuneConfig, FINETUNE, "config.yaml")
     return config.model_copy(
         update={
             "parallel": ParallelConfig.model_validate(tree.get("parallel", {})),
             "engine": EngineConfig.model_validate(tree.get("engine", {})),
             "optimizer": config.optimizer.model_copy(update=tree["optimizer"]),
+            "batching": tree.get("batching", "as_drawn"),
+            "lora": LoraConfig() if "lora" in tree else None,
         }
     )
 

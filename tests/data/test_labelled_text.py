@@ -7,7 +7,6 @@ import pytest
 
 from megatron_plasticity.data import labelled_text
 from megatron_plasticity.data.labelled_text import label_names, labelled_texts, split_documents
-from megatron_plasticity.errors import UserError
 
 
 @pytest.mark.parametrize("name", ["topic", "polarity"])
@@ -103,10 +102,3 @@ def test_polarity_cannot_be_told_from_its_bag_of_words() -> None:
     features = counter.fit_transform([item.text for item in train])
     model = LogisticRegression(max_iter=500).fit(features, [item.label for item in train])
     assert model.score(counter.transform([item.text for item in test]), [item.label for item in test]) < 0.6
-
-
-def test_unknown_set() -> None:
-    with pytest.raises(UserError, match="'topic' and 'polarity'"):
-        labelled_texts("sst2", "train", 10, seed=0)
-    with pytest.raises(UserError, match="sst2"):
-        label_names("sst2")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from megatron_plasticity.data.sft import EncodedExample, collate, encode_example, encode_examples, render_prompt
+from megatron_plasticity.data.sft import EncodedExample, collate, encode_example, encode_examples, pack, render_prompt
 from megatron_plasticity.data.tokenizer import Tokenizer, train_byte_bpe
 from megatron_plasticity.models.loss import IGNORE
 
@@ -58,7 +58,9 @@ def test_many_equal_one_by_one(tokenizer: Tokenizer) -> None:
 
 def test_collation_masks_prompt_and_padding() -> None:
     examples = [EncodedExample((1, 2, 3, 4, 5), 3), EncodedExample((6, 7, 8), 1), EncodedExample((9, 10), 2)]
-    inputs, targets = collate(examples, pad_id=0)
+    batch = collate(examples, pad_id=0)
+    inputs, targets = batch.inputs, batch.targets
+    assert batch.segments is None
     assert inputs.dtype == targets.dtype == torch.int64
     assert inputs.tolist() == [[1, 2, 3, 4], [6, 7, 0, 0], [9, 0, 0, 0]]
     no = IGNORE
@@ -67,17 +69,37 @@ def test_collation_masks_prompt_and_padding() -> None:
 
 def test_every_response_id_is_learned_once(tokenizer: Tokenizer) -> None:
     examples = encode_examples(tokenizer, TEMPLATE, [("what?", " a matrix"), ("is it?", "")], 100)
-    _, targets = collate(examples, pad_id=tokenizer.end_of_text)
+    targets = collate(examples, pad_id=tokenizer.end_of_text).targets
     for row, example in zip(targets, examples, strict=True):
         assert row[row != IGNORE].tolist() == list(example.ids[example.prompt_length :])
 
 
 def test_a_response_without_a_prompt_starts_at_its_second_id() -> None:
-    inputs, targets = collate([EncodedExample((1, 2, 3), 0)], pad_id=0)
-    assert (inputs.tolist(), targets.tolist()) == ([[1, 2]], [[2, 3]])
+    batch = collate([EncodedExample((1, 2, 3), 0)], pad_id=0)
+    assert (batch.inputs.tolist(), batch.targets.tolist()) == ([[1, 2]], [[2, 3]])
 
 
 def test_batches_that_cannot_be(tokenizer: Tokenizer) -> None:
     for examples in ([], [EncodedExample((1,), 1)]):
-        with pytest.raises(ValueError, match="at least two ids"):
-            collate(examples, pad_id=0)
+        for batch_of in (collate, pack):
+            with pytest.raises(ValueError, match="at least two ids"):
+                batch_of(examples, pad_id=0)
+
+
+def test_packing_puts_examples_end_to_end() -> None:
+    """The same inputs and targets as in rows of their own, and where each example ends; what fills up is a segment too."""
+    examples = [EncodedExample((1, 2, 3, 4, 5), 3), EncodedExample((6, 7, 8), 1), EncodedExample((9, 10), 2)]
+    no = IGNORE
+    packed = pack(examples, pad_id=0)
+    assert packed.inputs.tolist() == [[1, 2, 3, 4, 6, 7, 9]]
+    assert packed.targets.tolist() == [[no, no, 4, 5, 7, 8, no]]
+    assert packed.segments == (4, 2, 1)
+    filled = pack(examples, pad_id=0, multiple_of=4)
+    assert filled.inputs.tolist() == [[1, 2, 3, 4, 6, 7, 9, 0]]
+    assert filled.targets.tolist() == [[no, no, 4, 5, 7, 8, no, no]]
+    assert filled.segments == (4, 2, 1, 1)
+
+
+def test_an_example_of_one_id_takes_no_place_in_a_pack() -> None:
+    packed = pack([EncodedExample((1,), 1), EncodedExample((2, 3), 1)], pad_id=0)
+    assert (packed.inputs.tolist(), packed.targets.tolist(), packed.segments) == ([[2]], [[3]], (1,))

@@ -45,7 +45,7 @@ def test_it_shows_what_training_reads(pretrain_config: MakeConfig, tiny_corpus: 
         for rank in range(ranks):
             grid = ProcessGrid(rank, ranks, torch.device("cpu"))
             batch = PretrainBatches(blocks, order, config.batch, grid, config.total_steps).step(step - 1)
-            inputs[rank::ranks] = np.concatenate([inputs.numpy() for inputs, _ in batch.micro_batches])
+            inputs[rank::ranks] = np.concatenate([part.inputs.numpy() for part in batch.micro_batches])
         assert np.array_equal(shown(config, step)[:, :-1], inputs)
 
 

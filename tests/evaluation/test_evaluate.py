@@ -2,25 +2,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from megatron_plasticity.config.evaluation import EvaluateRecipe, RewardConfig
+from megatron_plasticity.config.evaluation import EvaluateRecipe
 from megatron_plasticity.config.model import ModelConfig
-from megatron_plasticity.config.training import TaskConfig
+from megatron_plasticity.config.tasks import TaskConfig
 from megatron_plasticity.data.tokenizer import Tokenizer, train_byte_bpe
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.evaluation import evaluate
 from megatron_plasticity.evaluation.evaluate import chance_of, evaluate_model, questions_sha256
-from megatron_plasticity.evaluation.tasks import TASKS, Example
+from megatron_plasticity.evaluation.responses import PAPER_STOP, sampling_parameters
+from megatron_plasticity.evaluation.sampler import NativeGenerator
+from megatron_plasticity.evaluation.samples import SCHEMA, page, read_samples, write_samples
+from megatron_plasticity.evaluation.sampling import Continuation, Generator, SamplingParameters
+from megatron_plasticity.evaluation.tasks.procedural import PROCEDURAL_TASKS as TASKS
+from megatron_plasticity.evaluation.tasks.task import Example, Reference
+from megatron_plasticity.evaluation.verdicts import most_common_answer
 from megatron_plasticity.models.initialisation import initialise
 from megatron_plasticity.models.transformer import Transformer
+from megatron_plasticity.parallel.grid import ProcessGrid
 
 QUESTIONS, SAMPLES = 5, 4
 ALL_TASKS = [TaskConfig(name=name, test_examples=QUESTIONS) for name in TASKS]
+ALONE = ProcessGrid(data_rank=0, data_size=1, device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +53,24 @@ def _recipe(**values: Any) -> EvaluateRecipe:
     return EvaluateRecipe.model_validate({"samples": SAMPLES, "max_new_tokens": 12, "bootstrap_resamples": 50, **values})
 
 
+def _asked(name: str) -> list[Example]:
+    return TASKS[name].test_sets(QUESTIONS, TaskConfig(name=name).seed)[name]
+
+
+def _evaluate(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    recipe: EvaluateRecipe,
+    tasks: Sequence[TaskConfig],
+    grid: ProcessGrid = ALONE,
+    progress: Any = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def generator() -> Generator:
+        return NativeGenerator(model, tokenizer, recipe.batch_size)
+
+    return evaluate_model(generator, tokenizer, model.config.context_length, recipe, tasks, grid, progress)
+
+
 def test_results_and_rows_have_the_documented_shape(tokenizer: Tokenizer) -> None:
     updates: list[tuple[float, float]] = []
 
@@ -51,13 +78,15 @@ def test_results_and_rows_have_the_documented_shape(tokenizer: Tokenizer) -> Non
         def update(self, done: float, total: float, unit: str, **info: float | str) -> None:
             updates.append((done, total))
 
-    results, rows = evaluate_model(_model(tokenizer), tokenizer, _recipe(reward={"kind": "length"}), ALL_TASKS, progress=Seen())
+    recipe = _recipe(reward={"kind": "length"})
+    results, rows = _evaluate(_model(tokenizer), tokenizer, recipe, ALL_TASKS, progress=Seen())
     assert json.loads(json.dumps(results, allow_nan=False)) == results
     assert list(results["tasks"]) == list(results["examples"]) == list(TASKS)
+    assert results["rules"] == "own"
     for name, task in results["tasks"].items():
         assert task["answer_kind"] == TASKS[name].answer_kind
         assert task["questions"] == QUESTIONS
-        asked = TASKS[name].test(QUESTIONS, TaskConfig(name=name).seed)
+        asked = _asked(name)
         assert task["chance"] == chance_of(asked)
         assert task["questions_sha256"] == questions_sha256(asked)
         assert task["reward"] == {"kind": "length"}
@@ -70,24 +99,56 @@ def test_results_and_rows_have_the_documented_shape(tokenizer: Tokenizer) -> Non
         assert [set(example) for example in results["examples"][name]] == [
             {"prompt", "response", "extracted", "answer", "correct"}
         ] * 3
+        ((set_name, test_set),) = task["test_sets"].items()
+        assert set_name == name
+        assert test_set["metrics"] == task["metrics"]
+        assert test_set["other_rules"]["rules"] == "paper"
+        assert "greedy_correct" not in test_set
     answers = len(TASKS) * QUESTIONS * (1 + SAMPLES)
     assert len(rows) == len({(row["question"], row["pass"], row["sample"]) for row in rows}) == answers
-    assert set(rows[0]) == {"task", "question", "pass", "sample", "text", "extracted", "correct", "reward"}
+    assert [set(row) for row in rows] == [set(SCHEMA.names)] * answers
     assert all((row["reward"] is None) == (row["pass"] == "greedy") for row in rows)
     assert updates[-1] == (answers, answers)
     assert updates == sorted(updates)
 
 
-def test_an_evaluation_is_a_function_of_its_seed_and_not_of_the_batch_size(tokenizer: Tokenizer) -> None:
+def test_an_evaluation_is_a_function_of_its_seed_and_not_of_the_batch_size_or_the_other_tasks(tokenizer: Tokenizer) -> None:
     model, tasks = _model(tokenizer).double(), ALL_TASKS[:2]
-    first = evaluate_model(model, tokenizer, _recipe(), tasks)
-    assert evaluate_model(model, tokenizer, _recipe(), tasks) == first
-    assert evaluate_model(model, tokenizer, _recipe(batch_size=3), tasks) == first
-    assert evaluate_model(model, tokenizer, _recipe(seed=1), tasks)[1] != first[1]
+    first = _evaluate(model, tokenizer, _recipe(), tasks)
+    assert _evaluate(model, tokenizer, _recipe(), tasks) == first
+    assert _evaluate(model, tokenizer, _recipe(batch_size=3), tasks) == first
+    assert _evaluate(model, tokenizer, _recipe(), tasks[1:])[1] == [row for row in first[1] if row["task"] == tasks[1].name]
+    assert _evaluate(model, tokenizer, _recipe(seed=1), tasks)[1] != first[1]
+
+
+@dataclass(frozen=True)
+class _Rank(ProcessGrid):
+    """One of several ranks that run one after the other, the main one last."""
+
+    gathered: list[list[Any]] = field(default_factory=list)
+    """Of each rank that is not the main one, what it gave to one `gather` after the other."""
+
+    def gather(self, value: Any) -> list[Any] | None:
+        if self.is_main:
+            return [value, *(of_rank.pop(0) for of_rank in self.gathered)]
+        self.gathered[self.data_rank - 1].append(value)
+        return None
+
+
+def test_any_number_of_ranks_gives_the_same_results(tokenizer: Tokenizer) -> None:
+    model, recipe = _model(tokenizer).double(), _recipe(reward={"kind": "length"})
+    alone = _evaluate(model, tokenizer, recipe, ALL_TASKS[:2])
+    gathered: list[list[Any]] = [[], []]
+    for rank in (1, 2):
+        grid = _Rank(rank, 3, torch.device("cpu"), gathered=gathered)
+        assert _evaluate(model, tokenizer, recipe, ALL_TASKS[:2], grid) == ({}, [])
+    main = _Rank(0, 3, torch.device("cpu"), gathered=gathered)
+    assert _evaluate(model, tokenizer, recipe, ALL_TASKS[:2], main) == alone
+    assert gathered == [[], []]
 
 
 def test_no_scorer_means_no_reward_metrics_and_no_resamples_no_intervals(tokenizer: Tokenizer) -> None:
-    results, rows = evaluate_model(_model(tokenizer), tokenizer, _recipe(bootstrap_resamples=0), ALL_TASKS[:1])
+    results, rows = _evaluate(_model(tokenizer), tokenizer, _recipe(bootstrap_resamples=0), ALL_TASKS[:1])
     task = results["tasks"][ALL_TASKS[0].name]
     assert "reward" not in task
     metrics = task["metrics"]
@@ -96,76 +157,167 @@ def test_no_scorer_means_no_reward_metrics_and_no_resamples_no_intervals(tokeniz
     assert all(row["reward"] is None for row in rows)
 
 
-def test_reference_responses_are_right_and_the_metrics_follow_their_definitions(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The model's place is taken by one that gives the reference response greedily, and in samples 1 and 3 of even questions."""
-    responses = {
-        tuple(tokenizer.encode(f"Human: {example.prompt}\nAssistant:")): tokenizer.encode(example.response)
-        for task in TASKS.values()
-        for example in task.test(QUESTIONS, TaskConfig(name=task.name).seed)
-    }
-    nonsense = tokenizer.encode("I do not know.")
+class _Parrot:
+    """Takes the model's place: gives the reference response greedily, and in samples 1 and 3 of even questions."""
 
-    def fake_generate(model: Transformer, prompts: Sequence[list[int]], *, samples: int, temperature: float, **_: Any) -> list:
-        right = [responses[tuple(prompt)] for prompt in prompts]
-        if temperature == 0:
-            return [[response] for response in right]
-        return [
-            [response if number % 2 == 0 and sample in (1, 3) else nonsense for sample in range(samples)]
-            for number, response in enumerate(right)
-        ]
+    def __init__(self, tokenizer: Tokenizer, examples: Sequence[Example], template: str = "Human: {}\nAssistant:") -> None:
+        self.right = {
+            tuple(tokenizer.encode(template.format(example.prompt))): (number, tokenizer.encode(example.response))
+            for number, example in enumerate(examples)
+        }
+        self.nonsense = tokenizer.encode("I do not know.")
+        self.prompts_asked = 0
 
-    monkeypatch.setattr(evaluate, "generate", fake_generate)
-    results, rows = evaluate_model(_model(tokenizer), tokenizer, _recipe(), ALL_TASKS)
-    for name, task in results["tasks"].items():
-        answers = [example.answer for example in TASKS[name].test(QUESTIONS, TaskConfig(name=name).seed)]
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        keys: Sequence[int],
+        samples: int,
+        parameters: SamplingParameters,
+        progress: Any = None,
+    ) -> list[list[Continuation]]:
+        self.prompts_asked += len(prompts)
+        assert len(set(keys)) == len(prompts)
+        rows = []
+        for prompt in prompts:
+            number, right = self.right[tuple(prompt)]
+            knows = [parameters.temperature == 0 or (number % 2 == 0 and sample in (1, 3)) for sample in range(samples)]
+            rows.append([Continuation(right if known else self.nonsense, "end_of_text") for known in knows])
+        return rows
+
+
+def test_reference_responses_are_right_and_the_metrics_follow_their_definitions(tokenizer: Tokenizer) -> None:
+    for name in TASKS:
+        parrot = _Parrot(tokenizer, _asked(name))
+        config = TaskConfig(name=name, test_examples=QUESTIONS)
+        results, rows = evaluate_model(lambda parrot=parrot: parrot, tokenizer, 512, _recipe(), [config], ALONE)
+        task = results["tasks"][name]
+        answers = [example.reference.answer for example in _asked(name)]
         common = task["most_common_answer"]
         assert common["share"] == max(map(answers.count, answers)) / QUESTIONS == answers.count(common["answer"]) / QUESTIONS
         values = {name: metric["value"] for name, metric in task["metrics"].items()}
         expected = {"greedy": 1.0, "maj": 3 / 5, "pass": 3 / 5, "correct_ratio": 0.5, "format_rate": 3 / 5 * 0.5}
-        assert values == pytest.approx(expected)
+        assert {name: values[name] for name in expected} == pytest.approx(expected)
         assert task["sampled_correct"] == [[0, 1, 0, 1] if question % 2 == 0 else [0] * 4 for question in range(QUESTIONS)]
-    assert [row["correct"] for row in rows if row["pass"] == "greedy"] == [True] * len(TASKS) * QUESTIONS
-    assert {row["extracted"] for row in rows if not row["correct"]} == {None}
+        assert all(row["correct"] for row in rows if row["pass"] == "greedy")
+        assert {row["extracted"] for row in rows if not row["correct"]} == {None}
+
+
+@dataclass(frozen=True)
+class _Shared:
+    """A task with the test sets given."""
+
+    name: str
+    sets: dict[str, list[Example]]
+    description: str = ""
+    identity: str | None = None
+
+    def train(self, count: int | None, seed: int) -> list[Example]:
+        return []
+
+    def test_sets(self, count: int | None, seed: int) -> dict[str, list[Example]]:
+        return self.sets
+
+
+def test_a_task_is_the_mean_of_its_test_sets_and_a_shared_one_is_asked_once(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def example(number: int, answer: str, says: str, group: str = "") -> Example:
+        return Example(f"q{number}", f"Question {number}?", f"The answer is {says}.", Reference("choice", answer), (), group)
+
+    easy = [example(number, "A", "A") for number in range(2)]
+    hard = [example(10 + number, "B", "B" if number < 2 else "C", f"level {1 + number // 2}") for number in range(8)]
+    tasks = {"both": _Shared("both", {"easy": easy, "hard": hard}), "hard": _Shared("hard", {"hard": hard})}
+    monkeypatch.setattr(evaluate, "get_task", lambda config: tasks[config.name])
+    parrot = _Parrot(tokenizer, [*easy, *hard])
+    configs = [TaskConfig(name=name) for name in tasks]
+    results, rows = evaluate_model(lambda: parrot, tokenizer, 512, _recipe(), configs, ALONE)
+    assert parrot.prompts_asked == 2 * (len(easy) + len(hard))
+    both, alone = results["tasks"]["both"], results["tasks"]["hard"]
+    assert both["metrics"]["greedy"]["value"] == pytest.approx((1 + 0.25) / 2)
+    assert both["metrics"]["greedy"]["low"] < (1 + 0.25) / 2 < both["metrics"]["greedy"]["high"]
+    assert (both["questions"], both["greedy_correct"]) == (10, [1, 1, 1, 1] + [0] * 6)
+    assert both["test_sets"]["hard"]["metrics"] == alone["metrics"]
+    groups = both["test_sets"]["hard"]["groups"]
+    assert {name: (group["questions"], group["greedy"]) for name, group in groups.items()} == {
+        "level 1": (2, 1.0),
+        "level 2": (2, 0.0),
+        "level 3": (2, 0.0),
+        "level 4": (2, 0.0),
+    }
+    assert len([row for row in rows if row["test_set"] == "hard" and row["pass"] == "greedy"]) == 2 * len(hard)
+
+
+def test_the_training_examples_can_be_asked(tokenizer: Tokenizer) -> None:
+    config = TaskConfig(name="arithmetic", train_examples=3, questions="train")
+    _, rows = _evaluate(_model(tokenizer), tokenizer, _recipe(), [config])
+    assert {row["test_set"] for row in rows} == {"train"}
+    assert {row["prompt"] for row in rows} == {example.prompt for example in TASKS["arithmetic"].train(3, config.seed)}
 
 
 def test_chance_is_that_of_the_questions_asked() -> None:
     def example(answer: str, options: int) -> Example:
-        return Example("", "", "", answer, tuple("ABCDEFGH"[:options]))
+        return Example("", "", "", Reference("choice", answer), tuple("ABCDEFGH"[:options]))
 
     assert chance_of([example(answer, 0) for answer in ("1", "2", "2", "3")]) == 0.5
     assert chance_of([example(answer, 4) for answer in "AABC"]) == 0.5
     assert chance_of([example(answer, 4) for answer in "ABCD"]) == 0.25
     assert chance_of([example(answer, 2) for answer in "CDEF"]) == 0.5
     assert chance_of([*(example(answer, 4) for answer in "ABCD"), *(example(answer, 8) for answer in "EFGH")]) == 3 / 16
-    assert chance_of(TASKS["trials"].test(100, 0)) == 0.34
-    assert 0.25 <= chance_of(TASKS["categories"].test(500, 0)) < 0.33
-    assert 0.25 <= chance_of(TASKS["passage"].test(500, 0)) < 0.33
+    assert chance_of(TASKS["trials"].test_sets(100, 0)["trials"]) == 0.34
+    assert 0.25 <= chance_of(TASKS["categories"].test_sets(500, 0)["categories"]) < 0.33
+    assert 0.25 <= chance_of(TASKS["passage"].test_sets(500, 0)["passage"]) < 0.33
 
 
 def test_the_digest_of_the_questions_changes_with_each_of_its_parts() -> None:
-    first, second = TASKS["algebra"].test(2, 0)
+    first, second = TASKS["algebra"].test_sets(2, 0)["algebra"]
     digest = questions_sha256([first, second])
     assert digest == questions_sha256([first, replace(second, response="another chain of thought")])
-    others = [replace(second, id="other"), replace(second, prompt="other"), replace(second, answer="other")]
+    right = second.reference
+    references = [replace(right, answer="other"), replace(right, kind="number"), replace(right, program="def f(): ...")]
+    others = [replace(second, id="other"), replace(second, prompt="other")]
+    others += [replace(second, reference=reference) for reference in references]
     changed = [[second, first], [first], *([first, other] for other in others)]
     assert len({digest, *map(questions_sha256, changed)}) == 1 + len(changed)
 
 
 def test_most_common_answer() -> None:
-    assert evaluate._most_common_answer([None, "B", "Yes.", "yes", None, None]) == {"answer": "Yes", "share": 2 / 6}
-    assert evaluate._most_common_answer([None, None]) == {"answer": None, "share": 0.0}
+    assert most_common_answer([None, "B", "Yes.", "yes", None, None]) == {"answer": "Yes", "share": 2 / 6}
+    assert most_common_answer([None, None]) == {"answer": None, "share": 0.0}
 
 
-def test_the_reward_model_is_named() -> None:
-    config = RewardConfig(kind="sequence_classifier", model="folder/model")
-    assert evaluate._reward_record(config) == {"kind": "sequence_classifier", "model": "folder/model"}
+def test_paper_compat_decides_the_settings_of_the_public_code() -> None:
+    recipe = _recipe(paper_compat=True, max_new_tokens=2048)
+    for sampled in (False, True):
+        parameters = sampling_parameters(recipe, sampled)
+        assert (parameters.repetition_penalty, parameters.stop, parameters.max_total_tokens) == (1.1, PAPER_STOP, 2048)
+        assert (parameters.temperature, parameters.top_p, parameters.top_k) == (float(sampled), 1.0, None)
+    with pytest.raises(ValueError, match="`stop` is decided by `paper_compat`"):
+        _recipe(paper_compat=True, stop=["Human"])
 
 
 def test_prompts_longer_than_the_context_name_the_task_and_the_lengths(tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match=r"task 'passage'.*the longest has \d+ tokens.*context_length is 24"):
-        evaluate_model(_model(tokenizer, context_length=24), tokenizer, _recipe(), [TaskConfig(name="passage", test_examples=3)])
+    task = TaskConfig(name="passage", test_examples=3)
+    with pytest.raises(UserError, match=r"task 'passage'.*the longest has \d+ tokens.*room for 24"):
+        _evaluate(_model(tokenizer, context_length=24), tokenizer, _recipe(), [task])
+
+
+def test_long_prompts_can_count_as_wrong(tokenizer: Tokenizer) -> None:
+    lengths = sorted(len(tokenizer.encode(f"Human: {example.prompt}\nAssistant:")) for example in _asked("steps"))
+    model, recipe = (
+        _model(tokenizer, context_length=lengths[2]),
+        _recipe(long_prompts="count_as_wrong", reward={"kind": "length"}),
+    )
+    results, rows = _evaluate(model, tokenizer, recipe, [TaskConfig(name="steps", test_examples=QUESTIONS)])
+    too_long = sum(length >= lengths[2] for length in lengths)
+    assert 0 < too_long < QUESTIONS
+    task = results["tasks"]["steps"]
+    assert task["prompts_too_long"] == too_long
+    assert task["questions"] == QUESTIONS
+    not_asked = [row for row in rows if row["finish"] == "prompt_too_long"]
+    assert len(not_asked) == too_long * (1 + SAMPLES)
+    assert not any(row["correct"] for row in not_asked)
+    assert task["metrics"]["orm"]["value"] < 0  # of the questions that were asked
 
 
 @pytest.mark.parametrize(
@@ -177,17 +329,30 @@ def test_prompts_longer_than_the_context_name_the_task_and_the_lengths(tokenizer
         ({"reward": {"kind": "sequence_classifier"}}, ["algebra"], r"reward\.model"),
     ],
 )
-def test_bad_input_is_a_user_error_before_anything_is_generated(
-    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, recipe: dict[str, Any], tasks: list[str], message: str
+def test_bad_input_is_a_user_error_before_the_model_is_loaded(
+    tokenizer: Tokenizer, recipe: dict[str, Any], tasks: list[str], message: str
 ) -> None:
-    monkeypatch.delattr(evaluate, "generate")
+    def unwanted() -> Generator:
+        raise AssertionError("the model was loaded")
+
+    configs = [TaskConfig(name=name, test_examples=2) for name in tasks]
     with pytest.raises(UserError, match=message):
-        evaluate_model(
-            _model(tokenizer), tokenizer, _recipe(**recipe), [TaskConfig(name=name, test_examples=2) for name in tasks]
-        )
+        evaluate_model(unwanted, tokenizer, 512, _recipe(**recipe), configs, ALONE)
 
 
-def test_a_tokenizer_of_another_model_is_a_user_error(tokenizer: Tokenizer) -> None:
-    smaller = ModelConfig.model_validate({**_model(tokenizer).config.model_dump(), "vocab_size": 300})
-    with torch.device("meta"), pytest.raises(UserError, match="vocab_size"):
-        evaluate_model(Transformer(smaller), tokenizer, _recipe(), ALL_TASKS[:1])
+def test_the_table_of_samples_comes_back_and_is_shown_with_its_verdicts(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    parrot = _Parrot(tokenizer, _asked("arithmetic"))
+    config = TaskConfig(name="arithmetic", test_examples=QUESTIONS)
+    _, rows = evaluate_model(lambda: parrot, tokenizer, 512, _recipe(), [config], ALONE)
+    rows[0]["text"] += "\x1b[2J"  # what a terminal takes for a command
+    write_samples(tmp_path / "samples.parquet", rows)
+    assert [path.name for path in tmp_path.iterdir()] == ["samples.parquet"]
+    assert read_samples(tmp_path) == rows
+    some = read_samples(tmp_path, 2)
+    assert len({row["question"] for row in some}) == 2
+    lines = list(page(some))
+    assert sum(line.startswith("━━ arithmetic") for line in lines) == 2
+    assert sum(line.startswith((" ✓", " ✗")) for line in lines) == 2 * (1 + SAMPLES)
+    assert not any("\x1b" in line for line in lines)
+    with pytest.raises(UserError, match="cannot read the table of samples"):
+        read_samples(tmp_path / "elsewhere")

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import math
 import random
 from collections.abc import Callable
@@ -7,7 +8,14 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from megatron_plasticity.evaluation.metrics import Outcomes, bootstrap_metrics, cluster_answers, question_values
+from megatron_plasticity.evaluation.metrics import (
+    Outcomes,
+    bootstrap_metrics,
+    bootstrap_task_metrics,
+    cluster_answers,
+    group_values,
+    question_values,
+)
 
 
 def _equal(a: str, b: str) -> bool:
@@ -63,6 +71,9 @@ def test_hand_made_case() -> None:
             "maj": 1 / 3,
             "rm": 1 / 3,
             "pass": 2 / 3,
+            "pass@1": (1 / 4 + 2 / 4) / 3,
+            "pass@2": (1 / 2 + 5 / 6) / 3,
+            "pass@4": 2 / 3,
             "correct_ratio": (1 / 4 + 2 / 4) / 2,  # the third question has no correct sample and does not count
             "orm": (1 / 4 + 6 / 4 + 16 / 4) / 3,
             "format_rate": (1 + 3 / 4 + 3 / 4) / 3,
@@ -72,7 +83,7 @@ def test_hand_made_case() -> None:
 
 def test_undefined_metrics_are_absent_and_not_zero() -> None:
     values = _values(_outcomes([False, True], [["b", "b"], ["c", None]], ["a", "a"]))
-    assert set(values) == {"greedy", "maj", "pass", "format_rate"}
+    assert set(values) == {"greedy", "maj", "pass", "pass@1", "pass@2", "format_rate"}
     assert values["pass"] == 0
 
 
@@ -81,7 +92,8 @@ def _brute_force(
 ) -> dict[str, float]:
     """The definitions of the paper, written as plain loops over one question after the other."""
     count, samples = len(truth), len(answers[0])
-    totals = dict.fromkeys(("greedy", "maj", "rm", "pass", "orm", "format_rate"), 0.0)
+    sizes = {1, 2, 4, samples} - {size for size in (2, 4) if size > samples}
+    totals = dict.fromkeys(("greedy", "maj", "rm", "pass", "orm", "format_rate", *(f"pass@{size}" for size in sizes)), 0.0)
     ratios = []
     for i in range(count):
         right = [answer == truth[i] for answer in answers[i]]
@@ -104,6 +116,9 @@ def _brute_force(
         totals["maj"] += right[largest[0]]
         totals["rm"] += right[best]
         totals["pass"] += any(right)
+        for size in sizes:
+            draws = list(itertools.combinations(right, size))
+            totals[f"pass@{size}"] += sum(map(any, draws)) / len(draws)
         totals["orm"] += sum(rewards[i]) / samples
         totals["format_rate"] += sum(answer is not None for answer in answers[i]) / samples
         if any(right):
@@ -167,3 +182,60 @@ def test_bootstrap_is_seeded_and_may_be_left_out() -> None:
 @pytest.mark.parametrize("make", [lambda: np.array([]), lambda: np.array([math.nan, math.nan])])
 def test_metrics_of_nothing_are_absent(make: Callable[[], np.ndarray]) -> None:
     assert bootstrap_metrics({"greedy": make()}, 10, 0) == {}
+
+
+def test_pass_at_k_of_sixteen_samples_equals_the_count_of_all_draws() -> None:
+    correct = np.array([[j < right for j in range(16)] for right in (0, 1, 3, 15, 16)])
+    outcomes = Outcomes(correct[:, 0], correct, np.tile(np.arange(16), (5, 1)), np.ones_like(correct))
+    values = question_values(outcomes)
+    assert [name for name in values if "@" in name] == ["pass@1", "pass@2", "pass@4", "pass@8", "pass@16"]
+    for k in (1, 2, 4, 8, 16):
+        draws = list(itertools.combinations(range(16), k))
+        expected = [sum(min(draw) < right for draw in draws) / len(draws) for right in (0, 1, 3, 15, 16)]
+        assert values[f"pass@{k}"] == pytest.approx(expected)
+    assert values["pass@16"].tolist() == values["pass"].tolist()
+
+
+def test_pass_at_k_is_unbiased() -> None:
+    draw = np.random.default_rng(0)
+    correct = draw.random((20000, 6)) < 0.2
+    outcomes = Outcomes(correct[:, 0], correct, np.zeros((20000, 6), int), correct)
+    assert question_values(outcomes)["pass@4"].mean() == pytest.approx(1 - 0.8**4, abs=0.01)
+
+
+def test_a_task_is_the_plain_mean_of_its_test_sets_resampled_within_each() -> None:
+    draw = np.random.default_rng(1)
+    small, large = (draw.random(10) < 0.9).astype(float), (draw.random(1000) < 0.2).astype(float)
+    task = bootstrap_task_metrics({"small": {"greedy": small}, "large": {"greedy": large}}, 2000, seed=5)["greedy"]
+    assert task.value == pytest.approx((small.mean() + large.mean()) / 2)
+    resamples = np.random.default_rng(0)
+    means = [(resamples.choice(small, 10).mean() + resamples.choice(large, 1000).mean()) / 2 for _ in range(4000)]
+    assert (task.low, task.high) == pytest.approx(tuple(np.percentile(means, [2.5, 97.5])), abs=0.02)
+
+
+def test_a_task_with_one_test_set_has_its_metrics() -> None:
+    values = {"greedy": np.arange(20) % 3 / 2.0, "correct_ratio": np.where(np.arange(20) > 15, 0.5, np.nan)}
+    assert bootstrap_task_metrics({"only": values}, 100, 3) == bootstrap_metrics(values, 100, 3)
+
+
+def test_a_task_has_no_metric_that_a_test_set_lacks() -> None:
+    sets = {"a": {"greedy": np.ones(3), "rm": np.ones(3)}, "b": {"greedy": np.zeros(2), "rm": np.full(2, np.nan)}}
+    assert {name: metric.value for name, metric in bootstrap_task_metrics(sets, 10, 0).items()} == {"greedy": 0.5}
+    assert bootstrap_task_metrics({}, 10, 0) == {}
+
+
+def test_models_are_compared_on_the_same_resamples() -> None:
+    # B is A and one question more in every resample: with paired resamples both ends of the interval move by the same.
+    a = np.array([1.0, 0.0, 0.0, 1.0, 0.0, 0.0])
+    for seed in range(5):
+        first, second = (bootstrap_metrics({"greedy": values}, 200, seed)["greedy"] for values in (a, a + 0.25))
+        assert (second.low, second.high) == pytest.approx((first.low + 0.25, first.high + 0.25))  # pyright: ignore[reportOptionalOperand]
+
+
+def test_groups_have_their_own_scores() -> None:
+    values = {"greedy": np.array([1.0, 0, 1, 1]), "maj": np.array([0.0, 0, 1, np.nan]), "pass": np.ones(4)}
+    assert group_values(values, ["level 2", "level 1", "level 2", ""]) == {
+        "level 1": {"questions": 1, "greedy": 0, "maj": 0},
+        "level 2": {"questions": 2, "greedy": 1, "maj": 0.5},
+    }
+    assert group_values(values, ["", "", "", "x"], ["maj"]) == {"x": {"questions": 1}}

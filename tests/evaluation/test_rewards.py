@@ -65,12 +65,13 @@ def _last_token_score(folder: Path, prompt: str, response: str) -> float:
 
 @pytest.mark.parametrize("batch_size", [1, 3, 16])
 def test_scores_are_the_heads_value_at_the_last_token(reward_model: Path, batch_size: int) -> None:
-    scorer = make_scorer(RewardConfig(kind="sequence_classifier", model=str(reward_model)), batch_size=batch_size)
+    scorer = make_scorer(RewardConfig(kind="sequence_classifier", model=str(reward_model), batch_size=batch_size))
     assert scorer is not None
     expected = [_last_token_score(reward_model, prompt, response) for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
     assert len(set(expected)) == len(expected)
     assert scorer.score(PROMPTS, RESPONSES) == pytest.approx(expected, abs=1e-5)
     assert scorer.score([], []) == []
+    assert scorer.cut == 0
 
 
 def test_a_batch_that_uses_every_id_is_scored_one_by_one(reward_model: Path) -> None:
@@ -99,6 +100,20 @@ def test_reward_models_that_cannot_be_used_are_user_errors(tmp_path: Path) -> No
         SequenceClassifierScorer(str(_save_reward_model(tmp_path / "bare", chat_template=None)))
 
 
-def test_a_conversation_longer_than_the_models_context_is_a_user_error(reward_model: Path) -> None:
-    with pytest.raises(UserError, match="at most 128 tokens"):
-        SequenceClassifierScorer(str(reward_model)).score(["q"], ["x" * 200])
+@pytest.mark.parametrize(("max_length", "kept"), [(None, 128), (40, 40), (500, 128)])
+def test_longer_conversations_lose_their_end_and_are_counted(reward_model: Path, max_length: int | None, kept: int) -> None:
+    scorer = SequenceClassifierScorer(str(reward_model), max_length=max_length)
+    # Byte-level tokens: <|user|> is 8 of them, the prompt 1, <|endoftext|> 1, <|assistant|> 13; x is one each.
+    fitting = "x" * (kept - 24)
+    assert scorer.score(["q"], [fitting]) == pytest.approx([_last_token_score(reward_model, "q", fitting)], abs=1e-5)
+    assert scorer.cut == 0
+    scores = scorer.score(["q"] * 3, [fitting, fitting + "x", "x" * 200])
+    assert scorer.cut == 2
+    assert scores[1] == pytest.approx(scores[2], abs=1e-5)  # what is left of them is the same
+    assert abs(scores[0] - scores[1]) > 1e-4
+
+
+def test_length_cuts_nothing() -> None:
+    scorer = LengthScorer()
+    scorer.score(["q"], ["x" * 10**6])
+    assert scorer.cut == 0

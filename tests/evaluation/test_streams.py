@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from megatron_plasticity.evaluation.streams import derived_seed, outputs, stream_states, uniforms
+from megatron_plasticity.evaluation.streams import derived_seed, outputs, question_key, stream_states, uniforms
 
 
 def test_outputs_are_those_of_splitmix64() -> None:
@@ -22,6 +22,19 @@ def test_streams_differ_between_questions_samples_and_seeds() -> None:
     questions, samples = np.divmod(np.arange(10_000), 100)
     states = np.concatenate([stream_states(seed, questions, samples) for seed in (0, 1, -1)])
     assert len(np.unique(states)) == len(states)
+
+
+def test_each_stream_can_be_at_a_position_of_its_own() -> None:
+    states = stream_states(7, [1, 2, 2**64 - 1], [0, 0, 5])
+    assert uniforms(states, [4, 0, 9]).tolist() == [uniforms(states, n)[row] for row, n in enumerate((4, 0, 9))]
+
+
+def test_a_question_s_key_is_64_bits_of_its_id_and_stable() -> None:
+    assert question_key("gsm8k/17") == question_key("gsm8k/17") != question_key("gsm8k/18")
+    assert question_key("") == int.from_bytes(bytes.fromhex("e3b0c44298fc1c14"), "little")  # SHA-256 of nothing
+    keys = [question_key(str(number)) for number in range(1000)]
+    assert max(keys) >= 2**63
+    assert len(np.unique(stream_states(0, keys, [0] * 1000))) == 1000
 
 
 def test_numbers_are_uniform_and_independent_along_each_axis() -> None:

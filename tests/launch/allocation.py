@@ -12,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.config.training import TrainingRecipe
+from megatron_plasticity.data.micro_batch import MicroBatch
 from megatron_plasticity.models.initialisation import initialise
 from megatron_plasticity.models.transformer import local_model
 from megatron_plasticity.parallel.grid import ProcessGrid, process_grid
@@ -51,7 +52,7 @@ def _batch(model: ModelConfig, recipe: TrainingRecipe, grid: ProcessGrid) -> Ste
     size, count = recipe.batch.micro_batch_size, recipe.batch.global_batch_size
     rows = [torch.randint(0, model.vocab_size, (size, model.context_length + 1)) for _ in range(count // size // grid.data_size)]
     tokens = count * model.context_length
-    return StepBatch([(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in rows], tokens, tokens)
+    return StepBatch([MicroBatch(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in rows], tokens, tokens)
 
 
 def _live_addresses() -> set[int]:

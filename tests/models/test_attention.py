@@ -8,7 +8,7 @@ import torch
 
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.models import attention
-from megatron_plasticity.models.attention import attend, attention_mask, attention_weights, resolved_backend
+from megatron_plasticity.models.attention import attend, attention_weights, cache_mask, resolved_backend
 from megatron_plasticity.models.transformer import Transformer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -48,21 +48,21 @@ def test_weights_are_causal_probabilities_that_give_the_output() -> None:
     )
 
 
-def test_a_mask_tensor_is_made_only_where_causality_does_not_say_it_all() -> None:
-    assert attention_mask(5, past=0, padding=None, device=CPU) is None
-    assert attention_mask(1, past=7, padding=None, device=CPU) is None
-    continued = attention_mask(2, past=2, padding=None, device=CPU)
-    assert continued is not None
-    assert continued.tolist() == [[True, True, True, False], [True, True, True, True]]
-
-
-def test_no_token_looks_at_padding_and_padding_looks_at_itself() -> None:
-    mask = attention_mask(4, past=0, padding=torch.tensor([0, 2]), device=CPU)
-    assert mask is not None
-    assert mask.shape == (2, 1, 4, 4)
-    assert torch.equal(mask[0, 0], torch.ones(4, 4, dtype=torch.bool).tril())
+def test_a_cache_shows_each_query_its_own_past() -> None:
+    mask = cache_mask(torch.tensor([[0, 1], [2, 3]]), width=5)
+    assert mask.shape == (2, 1, 2, 5)
     t, f = True, False
-    assert mask[1, 0].tolist() == [[t, f, f, f], [f, t, f, f], [f, f, t, f], [f, f, t, t]]
+    assert mask[:, 0].tolist() == [[[t, f, f, f, f], [t, t, f, f, f]], [[t, t, t, f, f], [t, t, t, t, f]]]
+
+
+@pytest.mark.parametrize("queries", [1, 3])
+def test_with_a_mask_sdpa_equals_eager(queries: int) -> None:
+    query, key, value = qkv()
+    query = query[:, :, :queries]
+    mask = cache_mask(torch.tensor([[4], [8]]).expand(2, queries), width=9)
+    torch.testing.assert_close(
+        attend(query, key, value, mask, "sdpa"), attend(query, key, value, mask, "eager"), rtol=1e-5, atol=2e-6
+    )
 
 
 def test_an_unknown_backend_is_refused_when_the_model_is_built(make_config) -> None:
@@ -115,6 +115,6 @@ def test_a_flash_package_gets_its_layout_and_a_mask_goes_round_it(monkeypatch, r
     tensors = qkv()
     torch.testing.assert_close(attend(*tensors, None, "auto"), by_definition(*tensors))
     assert calls == [((2, 9, 6, 48), (2, 9, 2, 48), True)]
-    mask = attention_mask(9, past=0, padding=torch.tensor([0, 1]), device=CPU)
+    mask = cache_mask(torch.arange(9).expand(2, 9), width=9)
     attend(*tensors, mask, "auto")
     assert len(calls) == 1

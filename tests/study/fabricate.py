@@ -8,6 +8,7 @@ rises with λ, and so on. Nothing here is a measurement.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import sys
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from megatron_plasticity.study.grid import points, variant_name
 
 TASKS: dict[str, tuple[str, float]] = {
     "arithmetic": ("number", 0.0),
@@ -53,6 +56,11 @@ class Fabrication:
     """As written before results kept the losses of single sequences, the reward and the hash of the questions."""
     graders: dict[str, str] = field(default_factory=dict)
     """Cell id → grader other than `words`."""
+    finetune_axes: dict[str, tuple[Any, ...]] = field(default_factory=dict)
+    """Config path of fine-tuning → values."""
+    finetune_steps: tuple[int, ...] = ()
+    test_sets: dict[str, int] = field(default_factory=dict)
+    """Test set of every task → number of questions, which add up to `questions`; the last has groups."""
 
 
 def fabricate(folder: Path, what: Fabrication = Fabrication()) -> Path:
@@ -96,6 +104,7 @@ def _config(what: Fabrication) -> dict[str, Any]:
         "seed": min(what.seeds),
     }
     tasks = [{"name": task, "train_examples": 1000, "test_examples": what.questions, "seed": 42} for task in what.tasks]
+    finetuning = {"finetune_axes": what.finetune_axes, "finetune_steps": what.finetune_steps}
     return {
         "name": what.name,
         "description": what.description,
@@ -103,13 +112,16 @@ def _config(what: Fabrication) -> dict[str, Any]:
         "axes": axes,
         "tasks": tasks,
         "resources": {"threads": 1},
+        **{name: value for name, value in finetuning.items() if value},
     }
 
 
 def _cells(what: Fabrication) -> list[dict[str, Any]]:
     cells: list[dict[str, Any]] = []
 
-    def add(kind: str, label: str, base: dict[str, Any], task: str | None = None, parent: str | None = None) -> str:
+    def add(
+        kind: str, label: str, base: dict[str, Any], task: str | None = None, parent: str | None = None, **further: Any
+    ) -> str:
         identity = f"{kind}-{label}"
         digest = sha256(identity.encode()).hexdigest()[:10]
         cells.append(
@@ -121,6 +133,7 @@ def _cells(what: Fabrication) -> list[dict[str, Any]]:
                 "task": task,
                 "parent": parent,
                 "needs": [parent] if parent else [],
+                **further,
             }
         )
         return identity
@@ -135,11 +148,15 @@ def _cells(what: Fabrication) -> list[dict[str, Any]]:
             timescale = 1 / (LEARNING_RATE * decay * STEPS) if decay else None
             base = {"point": point, "weight_decay": decay, "adamw_timescale": timescale}
             pretrain = add("pretrain", label, base)
-            if what.tasks:
-                add("evaluate", label, base, parent=pretrain)
-            for task in what.tasks:
-                finetune = add("finetune", f"{label}-{task}", base, task, pretrain)
-                add("evaluate", f"{label}-{task}", base, task, finetune)
+            for step in (None, *what.finetune_steps) if what.tasks else ():
+                at = label if step is None else f"{label}-step{step}"
+                further: dict[str, Any] = {} if step is None else {"step": step}
+                add("evaluate", at, base, parent=pretrain, **further)
+                for task, point in itertools.product(what.tasks, points(what.finetune_axes)):
+                    name = "-".join(part for part in (at, task, variant_name(point)) if part)
+                    varied = {**further, "variant": point} if point else further
+                    finetune = add("finetune", name, base, task, pretrain, **varied)
+                    add("evaluate", name, base, task, finetune, **varied)
             for kind in what.analyses:
                 add(kind, label, base, parent=pretrain)
     return cells
@@ -232,6 +249,7 @@ def _evaluate(cell: dict[str, Any], what: Fabrication, generator: np.random.Gene
     for task in [cell["task"]] if cell["task"] else what.tasks:
         kind, chance = TASKS[task]
         skill = _skill(cell["weight_decay"], task) if cell["task"] else 0.02 + 0.03 * _strength(cell["weight_decay"])
+        skill *= cell.get("step", STEPS) / STEPS
         # Questions differ in difficulty and are the same ones for every model, so correctness is paired between models.
         difficulty = np.random.default_rng(int(sha256(task.encode()).hexdigest()[:8], 16)).normal(0, 0.2, what.questions)
         probability = np.clip(chance + (1 - chance) * (skill + difficulty), 0.02, 0.98)
@@ -257,6 +275,8 @@ def _evaluate(cell: dict[str, Any], what: Fabrication, generator: np.random.Gene
                 "reward": {"kind": "length", "model": None},
                 "questions_sha256": sha256(task.encode()).hexdigest(),
             }
+        if what.test_sets:
+            tasks[task]["test_sets"] = _test_sets(what, greedy, generator)
         examples[task] = [
             {
                 "prompt": f"Question {index} of {task}: 3 boxes hold 4 pens each. How many pens?",
@@ -265,6 +285,22 @@ def _evaluate(cell: dict[str, Any], what: Fabrication, generator: np.random.Gene
             for index in range(3)
         ]  # fmt: skip
     return {"tasks": tasks, "examples": examples}
+
+
+def _test_sets(what: Fabrication, greedy: np.ndarray, generator: np.random.Generator) -> dict[str, Any]:
+    """Parts of the results by test set; the score of the whole is `_evaluate`'s, of all questions alike."""
+    ends = np.cumsum(list(what.test_sets.values()))
+    parts = dict(zip(what.test_sets, np.split(greedy, ends[:-1]), strict=True))
+    found: dict[str, Any] = {
+        name: {"questions": len(part), "chance": 0.0, "metrics": {"greedy": _interval(part, generator)}}
+        for name, part in parts.items()
+    }
+    *_, last = parts
+    found[last]["groups"] = {
+        f"level {1 + level}": {"questions": len(part), "greedy": float(part.mean())}
+        for level, part in enumerate(np.array_split(parts[last], 2))
+    }
+    return found
 
 
 def _probes(cell: dict[str, Any], what: Fabrication, generator: np.random.Generator) -> dict[str, Any]:

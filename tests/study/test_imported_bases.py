@@ -17,7 +17,8 @@ from megatron_plasticity.config.study import StudyConfig
 from megatron_plasticity.config.training import FinetuneConfig
 from megatron_plasticity.errors import ConfigError
 from megatron_plasticity.models.huggingface import model_config_from_huggingface
-from megatron_plasticity.study.plan import check_sources, check_study, plan_study
+from megatron_plasticity.study.check import check_sources, check_study
+from megatron_plasticity.study.plan import plan_study
 from megatron_plasticity.study.report import write_report
 from megatron_plasticity.study.results import collect
 from megatron_plasticity.study.runner import run_study
@@ -83,6 +84,13 @@ def test_a_base_may_be_fine_tuned_in_its_own_way(tmp_path: Path) -> None:
     assert rates == [0.25, 0.001]
 
 
+def test_names_that_would_meet_are_refused(tmp_path: Path) -> None:
+    first, second = tree(tmp_path)["bases"]
+    config = study(tmp_path, {"bases": [first, second | {"name": "a-arithmetic"}]})
+    with pytest.raises(ConfigError, match=r"two runs would have one name; .*: evaluate-a-arithmetic"):
+        plan_study(config, sources={"a": INPUTS, "a-arithmetic": INPUTS})
+
+
 def test_groups_are_compared_apart(tmp_path: Path) -> None:
     bases = [base | {"group": base["name"], "weight_decay": 0.1} for base in tree(tmp_path)["bases"]]
     plan = plan_study(study(tmp_path, {"bases": bases}), sources={"a": INPUTS, "b": INPUTS})
@@ -114,6 +122,14 @@ def test_groups_are_compared_apart(tmp_path: Path) -> None:
                 ]
             },
             r"a and b of group 'g' are compared for λ only, but differ in `finetune`",
+        ),
+        ({"finetune_steps": [2]}, r"`finetune_steps`: a model that was pretrained elsewhere has one checkpoint"),
+        (
+            {
+                "bases": [{"name": "a", "source": "x", "weight_decay": 1, "finetune": {"epochs": 7}}],
+                "finetune_axes": {"epochs": [1, 2]},
+            },
+            r"a changes finetune\.epochs, which is one of `finetune_axes`",
         ),
         ({"analyses": {"overfitting": {}}}, r"analyses\.overfitting: the gap is over the data of pretraining"),
         ({"analyses": {"attention": {"map_sequences": 4}}}, r"map_sequences: .* set it to 0"),
@@ -151,7 +167,7 @@ def test_the_hash_of_a_study_with_a_grid_is_what_it_was(tmp_path: Path) -> None:
 def test_the_shipped_study_has_the_public_checkpoints(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = repository / "configs/studies/from-public-checkpoints.yaml"
     config = load_config(StudyConfig, path)
-    check_study(config)
+    check_study(config, tasks_needed=False)
     grids: dict[str, list[float | None]] = {}
     for base in config.bases:
         grids.setdefault(base.group, []).append(base.weight_decay)

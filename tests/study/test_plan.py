@@ -5,12 +5,18 @@ from __future__ import annotations
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from megatron_plasticity.cli import main
+from megatron_plasticity.config.evaluation import EvaluateConfig
+from megatron_plasticity.config.hashing import canonical, config_hash
+from megatron_plasticity.config.study import StudyConfig
 from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig
 from megatron_plasticity.errors import ConfigError, UserError
-from megatron_plasticity.study.plan import check_study, plan_study
+from megatron_plasticity.study.check import check_study, task_problems
+from megatron_plasticity.study.plan import PlannedCell, plan_study
 from tests.study.small import small_study
 
 
@@ -128,6 +134,130 @@ def test_the_config_is_not_changed_by_planning(tmp_path: Path) -> None:
 def test_a_study_that_cannot_work_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_study(small_study(tmp_path, changes))
+
+
+AXES = {"optimizer.weight_decay": [0.0, 0.1], "optimizer.learning_rate": [1e-5, 3e-5], "seed": [1, 2]}
+
+
+def descendants(study: StudyConfig) -> dict[str, PlannedCell]:
+    return {cell.id: cell for cell in plan_study(study, "h").cells if cell.weight_decay == 1.0}
+
+
+def test_each_base_is_fine_tuned_in_every_way(tmp_path: Path) -> None:
+    cells = descendants(small_study(tmp_path, {"finetune_axes": AXES}))
+    finetunes = {id: cell for id, cell in cells.items() if cell.kind == "finetune"}
+    assert len(finetunes) == 8
+    cell = finetunes["finetune-wd1-arithmetic-wd0.1-learning_rate3e-05-seed2"]
+    assert isinstance(cell.config, FinetuneConfig)
+    assert (cell.config.optimizer.weight_decay, cell.config.optimizer.learning_rate, cell.config.seed) == (0.1, 3e-5, 2)
+    assert cell.to_json()["variant"] == {"optimizer.weight_decay": 0.1, "optimizer.learning_rate": 3e-5, "seed": 2}
+    evaluation = cells["evaluate-wd1-arithmetic-wd0.1-learning_rate3e-05-seed2"]
+    assert (evaluation.parent, evaluation.variant) == (cell.id, cell.variant)
+    assert isinstance(evaluation.config, EvaluateConfig)
+    assert evaluation.config.run == cell.folder
+    assert cells["evaluate-wd1"].to_json()["variant"] == {}
+
+
+def test_a_new_value_of_an_axis_adds_only_its_runs(tmp_path: Path) -> None:
+    before = plan_study(small_study(tmp_path, {"finetune_axes": AXES}), "h").cells
+    more = {**AXES, "optimizer.learning_rate": [1e-5, 3e-5, 3.0000001e-5]}
+    after = plan_study(small_study(tmp_path, {"finetune_axes": more}), "h").cells
+    assert {cell.folder for cell in before} < {cell.folder for cell in after}
+    assert len(after) - len(before) == 2 * 2 * 4
+
+
+def test_without_the_settings_of_fine_tuning_names_and_hashes_are_what_they_were(tmp_path: Path) -> None:
+    study = small_study(tmp_path)
+    assert not {"finetune_axes", "finetune_steps"} & canonical(study).keys()
+    plain, varied = (plan_study(small_study(tmp_path, c), "h").cells for c in ({}, {"finetune_axes": {"seed": [42]}}))
+    finetune = next(cell for cell in plain if cell.id == "finetune-wd1-arithmetic")
+    base = next(cell for cell in plain if cell.id == "pretrain-wd1")
+    digest = config_hash(finetune.config, base=base.folder.name.rsplit("-", 1)[1])
+    assert finetune.folder.name == f"finetune-wd1-arithmetic-{digest}"
+    same = next(cell for cell in varied if cell.id == "finetune-wd1-arithmetic-seed42")
+    assert same.folder.name.endswith(digest), "the hash is of what is done, not of how it was asked for"
+
+
+def test_a_timescale_of_fine_tuning_takes_the_place_of_its_weight_decay(tmp_path: Path) -> None:
+    cells = descendants(small_study(tmp_path, {"finetune_axes": {"optimizer.adamw_timescale": [math.inf, 0.5]}}))
+    cell = cells["finetune-wd1-arithmetic-adamw_timescale0.5"]
+    assert isinstance(cell.config, FinetuneConfig)
+    assert (cell.config.optimizer.weight_decay, cell.config.optimizer.adamw_timescale) == (None, 0.5)
+    assert json.dumps([cell.to_json() for cell in cells.values()], allow_nan=False)
+
+
+def test_earlier_checkpoints_are_fine_tuned_and_evaluated(tmp_path: Path) -> None:
+    plain, cells = descendants(small_study(tmp_path)), descendants(small_study(tmp_path, {"finetune_steps": [4, 2]}))
+    assert plain.items() <= cells.items()
+    assert list(cells)[len(plain) :] == [
+        f"{kind}-wd1-step{step}{task}"
+        for step in (2, 4)
+        for kind, task in (("evaluate", ""), ("finetune", "-arithmetic"), ("evaluate", "-arithmetic"))
+    ]
+    base, finetune = cells["pretrain-wd1"], cells["finetune-wd1-step2-arithmetic"]
+    assert isinstance(finetune.config, FinetuneConfig)
+    assert finetune.config.base == base.folder / "checkpoints/step-2"
+    assert (finetune.parent, finetune.step) == (base.id, 2)
+    identity = f"{base.folder.name.rsplit('-', 1)[1]}@2"
+    assert finetune.folder.name.endswith(config_hash(finetune.config, base=identity))
+    asked = cells["evaluate-wd1-step2"]
+    assert asked.folder.name.endswith(config_hash(asked.config, model=identity))
+    assert (asked.parent, asked.step, asked.task) == (base.id, 2, None)
+
+
+def test_what_was_prepared_enters_the_hash_of_what_reads_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = descendants(small_study(tmp_path))
+    task = SimpleNamespace(identity="ab" * 32)
+    monkeypatch.setattr("megatron_plasticity.study.plan.get_task", lambda _: task)
+    monkeypatch.setattr("megatron_plasticity.evaluation.tasks.registry.get_task", lambda _: task)
+    after = descendants(small_study(tmp_path))
+    changed = {id for id, cell in after.items() if cell.folder != before[id].folder}
+    assert changed == {"evaluate-wd1", "finetune-wd1-arithmetic", "evaluate-wd1-arithmetic"}
+    finetune, base = after["finetune-wd1-arithmetic"], after["pretrain-wd1"]
+    inputs = {"base": base.folder.name.rsplit("-", 1)[1], "task": task.identity}
+    assert finetune.folder.name.endswith(config_hash(finetune.config, **inputs))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"finetune_axes": {"optimizer.wd": [1]}}, r"optimizer\.wd: unknown key"),
+        ({"finetune_axes": {"seed": []}}, r"axis 'seed' has no values"),
+        ({"finetune_axes": {"seed": [1, 1]}}, r"axis 'seed' repeats a value"),
+        ({"finetune_axes": {"optimizer.weight_decay": [1, 1.0]}}, r"finetune_axes: two points of the grid are the same: wd1"),
+        ({"finetune_axes": {"batch.global_batch_size": [8, 12]}}, r"micro_batch_size=8 must divide global_batch_size=12"),
+        ({"finetune_axes": {"max_length": [16, 1000]}}, r"finetune\.max_length=1000 exceeds base\.model\.context_length=160"),
+        ({"finetune_axes": {"template": ["{prompt}"]}}, r"evaluate\.template differs"),
+        ({"finetune_steps": [3]}, r"finetune_steps: 3: the base run writes checkpoints every 2 steps"),
+        ({"finetune_steps": [6]}, r"finetune_steps: 6: .* the last of its 6 is fine-tuned anyway"),
+        ({"finetune_steps": [2, 2]}, r"a step is named twice"),
+        ({"finetune_steps": [2], "base": {"checkpoint": {"every_steps": None}}}, r"state base\.checkpoint\.every_steps"),
+        ({"finetune_steps": [2], "tasks": []}, r"`finetune_steps` is about fine-tuning, and without `tasks`"),
+    ],
+)
+def test_fine_tuning_that_cannot_work_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_study(small_study(tmp_path, changes))
+
+
+def test_a_study_can_be_planned_before_its_tasks_are_prepared(tmp_path: Path) -> None:
+    study = small_study(tmp_path, {"tasks": [{"name": "gsm8k", "folder": str(tmp_path)}]})
+    assert len(check_study(study, tasks_needed=False)) == 2
+    assert "tasks prepare gsm8k" in " ".join(task_problems(study))
+    with pytest.raises(ConfigError, match="gsm8k"):
+        plan_study(study, "h")
+    with pytest.raises(ConfigError, match="gsm9k"):
+        check_study(small_study(tmp_path, {"tasks": [{"name": "gsm9k"}]}), tasks_needed=False)
+
+
+def test_the_sweep_of_the_paper(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["study", "plan", str(repository / "configs/studies/paper-finetune-sweep.yaml")])
+    assert ended.value.code == 0
+    out = capsys.readouterr().out
+    assert "216 fine-tunings" in out
+    assert "in 27 ways:" in out
+    assert "batch.global_batch_size: 32, 64, 128" in out
 
 
 def test_an_unknown_task_names_the_nearest(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,7 +24,7 @@ from megatron_plasticity.study.report.limits import limits
 from megatron_plasticity.study.report.loss_tables import model_table
 from megatron_plasticity.study.report.page import render_page
 from megatron_plasticity.study.report.tables import score_table
-from megatron_plasticity.study.results import collect
+from megatron_plasticity.study.results import Outcome, collect
 from tests.study.fabricate import TASKS, Fabrication, fabricate
 
 VOID = {"meta", "br", "img", "input", "hr", "link"}
@@ -308,13 +309,13 @@ def test_unreadable_base_answers_are_said(whole: Path) -> None:
 
 
 def test_the_shortest_answer_is_not_called_a_reward_model(whole: Path) -> None:
-    models = collect(whole).groups[0].models
-    assert "best by reward (shortest answer; a stand-in, not a reward model) %" in score_table("algebra", models).headings
+    models, algebra = collect(whole).groups[0].models, [Outcome("algebra", "algebra")]
+    assert "best by reward (shortest answer; a stand-in, not a reward model) %" in score_table(models, algebra).headings
     model = models[0]
     judged = replace(model, base_scores={}, finetuned_scores={
         "algebra": replace(model.finetuned_scores["algebra"], reward="sequence_classifier")
     })  # fmt: skip
-    assert "best by reward %" in score_table("algebra", [judged]).headings
+    assert "best by reward %" in score_table([judged], algebra).headings
 
 
 def test_unlike_graders_are_flagged(tmp_path: Path, whole: Path) -> None:
@@ -328,7 +329,7 @@ def test_unlike_graders_are_flagged(tmp_path: Path, whole: Path) -> None:
 
 def test_a_score_has_the_interval_of_its_evaluation_everywhere(whole: Path) -> None:
     results = collect(whole)
-    found = find(results.groups[0], results.tasks, results.config)
+    found = find(results.groups[0], results.outcomes, results.config)
     for model in results.groups[0].models:
         own = model.finetuned_scores["steps"].metrics["greedy"]
         row = next(r for r in found.curves["steps"]["scores"] if r["weight_decay"] == model.weight_decay)
@@ -339,7 +340,7 @@ def test_resamples_and_seed_are_those_of_the_evaluations(whole: Path) -> None:
     results = collect(whole)
 
     def area(**evaluate: int) -> dict[str, float]:
-        return find(results.groups[0], results.tasks, {"evaluate": evaluate}).curves["steps"]["area"]["score"]
+        return find(results.groups[0], results.outcomes, {"evaluate": evaluate}).curves["steps"]["area"]["score"]
 
     assert area(bootstrap_resamples=50, seed=1) == area(bootstrap_resamples=50, seed=1)
     assert area(bootstrap_resamples=50, seed=1) != area(bootstrap_resamples=50, seed=2)
@@ -376,7 +377,7 @@ def test_limits_name_the_sources_and_what_was_not_probed(tmp_path: Path) -> None
     which = f"The {len(others) + 1} of {len(others) + 2} base models whose tokens are known"
     assert f"{which} have 700 thousand to 1.4 million parameters" in scale
     assert "saw 3.28 million tokens, 2.3 to 4.7 tokens per parameter" in scale
-    assert "0.7 to 1.4 million parameters" in render_page(mixed, [find(g, mixed.tasks, mixed.config) for g in mixed.groups])
+    assert "0.7 to 1.4 million parameters" in render_page(mixed, [find(g, mixed.outcomes, mixed.config) for g in mixed.groups])
     bare = fabricate(tmp_path / "bare", Fabrication(tasks=(), analyses=()))
     assert "Base models only" not in " ".join(limits(collect(bare)))
 
@@ -385,3 +386,130 @@ def test_a_folder_that_is_no_study_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"study\.json"):
         write_report(tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+# --- several ways of fine-tuning, seeds, checkpoints and test sets ---
+
+VARIED = replace(
+    SMALL,
+    finetune_axes={"optimizer.learning_rate": (1e-5, 3e-5), "optimizer.weight_decay": (0.0, 0.1), "seed": (1, 2)},
+    finetune_steps=(100, 200),
+    test_sets={"short": 10, "long": 20},
+)
+
+
+@pytest.fixture(scope="module")
+def varied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    study = fabricate(tmp_path_factory.mktemp("varied") / "study", VARIED)
+    write_report(study)
+    return study
+
+
+def varied_group(study: Path) -> dict[str, Any]:
+    return json.loads((study / "report" / "report.json").read_text())["groups"][0]
+
+
+def test_a_varied_study_has_a_whole_page(varied: Path) -> None:
+    page = Page((varied / "report" / "index.html").read_text(encoding="utf-8"))
+    assert len(page.ids) == len(set(page.ids))
+    assert "steps" in page.ids
+    assert "4 ways of fine-tuning · 2 seeds of fine-tuning · 3 pretraining steps" in page.words
+    for text in (
+        "mean of 2 tasks in 4 ways of fine-tuning",
+        "Best λ after each of 4 ways of fine-tuning",
+        "Thin lines are the 4 ways of fine-tuning",
+        "Spread over seeds of fine-tuning",
+        "Greedy scores of trials by test set",
+        "long, level 1 %",
+        "Mean score after fine-tuning from each step",
+        "4 ways of fine-tuning and 3 values of λ",
+        "fine-tuned with 2 seeds",
+    ):
+        assert text in page.words
+    assert not re.search(r"\b(?:nan|None|inf)\b", page.words)
+
+
+def test_a_plain_study_has_none_of_it(whole: Path) -> None:
+    page = Page((whole / "report" / "index.html").read_text(encoding="utf-8"))
+    assert "steps" not in page.ids
+    for text in ("ways of fine-tuning", "Spread over seeds", "by test set", "Rank correlation"):
+        assert text not in page.words
+    report = json.loads((whole / "report" / "report.json").read_text())
+    assert not {"variants", "over_pretraining"} & {*report, *report["groups"][0]}
+    assert (whole / "report" / "scores.csv").read_text().splitlines()[0].endswith(",chance,cell")
+
+
+def test_the_headline_is_the_mean_over_tasks_and_variants(varied: Path) -> None:
+    model = collect(varied).groups[0].models[1]
+    expected = sum(s.metrics["greedy"].value for s in model.finetuned_scores.values()) / len(model.finetuned_scores)
+    group = varied_group(varied)["plasticity"]
+    row = next(row for row in group["mean"]["scores"] if row["weight_decay"] == model.weight_decay)
+    assert row["score"]["value"] == pytest.approx(expected)
+    by_task = [
+        row["score"]["value"] for mean in group["task_means"].values() for row in mean["scores"] if row["weight_decay"] == 0.5
+    ]
+    assert sum(by_task) / 2 == pytest.approx(expected)
+
+
+def test_each_variant_has_its_best_weight_decay_and_a_rank_correlation(varied: Path) -> None:
+    results = collect(varied)
+    variants = varied_group(varied)["plasticity"]["variants"]
+    assert list(variants) == list(results.variants)
+    first, *others = variants.values()
+    assert "rank_correlation" not in first
+    assert all(-1 <= other["rank_correlation"] <= 1 for other in others)
+    name = list(variants)[2]
+    means = {
+        m.weight_decay: sum(m.finetuned_scores[f"{task}, {name}"].metrics["greedy"].value for task in SMALL.tasks)
+        for m in results.groups[0].models
+    }
+    assert variants[name]["best"]["weight_decay"] == max(means, key=means.__getitem__)
+
+
+def test_plasticity_over_pretraining_ends_with_the_last_checkpoint(varied: Path) -> None:
+    group = varied_group(varied)
+    assert list(group["over_pretraining"]) == ["100", "200", "400"]
+    last = group["over_pretraining"]["400"]["mean"]["scores"]
+    assert [row["score"] for row in last] == [row["score"] for row in group["plasticity"]["mean"]["scores"]]
+    assert all("gain" in row for row in last)
+
+
+def test_csv_tells_variants_steps_and_test_sets_apart(varied: Path) -> None:
+    with (varied / "report" / "scores.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    key = ("weight_decay", "task", "model", "metric", "variant", "step", "test_set")
+    assert len({tuple(row[name] for name in key) for row in rows}) == len(rows)
+    assert {row["step"] for row in rows} == {"", "100", "200"}
+    assert {row["test_set"] for row in rows} == {"", "short", "long"}
+    with (varied / "report" / "cells.csv").open(newline="") as file:
+        cell = next(row for row in csv.DictReader(file) if row["id"].startswith("finetune-wd0.5-step100-trials"))
+    assert (cell["variant"], cell["step"]) == ("optimizer.learning_rate=1e-05; optimizer.weight_decay=0.0; seed=1", "100")
+
+
+def test_the_sweep_of_the_paper_stays_readable(tmp_path: Path) -> None:
+    axes = {
+        "optimizer.learning_rate": (1e-5, 3e-5, 6e-4),
+        "batch.global_batch_size": (32, 64, 128),
+        "optimizer.weight_decay": (0.0, 0.1, 1.0),
+    }
+    what = replace(SMALL, weight_decays=(0.1, 0.3, 0.6, 1.0), finetune_axes=axes, questions=10)
+    html, page = page_of(fabricate(tmp_path / "study", what))
+    tasks = html[html.index('<section id="tasks">') : html.index('<section id="samples">')]
+    assert tasks.count("<svg") == len(SMALL.tasks)
+    open_tables = re.sub(r"<details>.*?</details>", "", tasks, flags=re.DOTALL)
+    assert open_tables.count("<tr>") < 45
+    assert "of the 27 ways of fine-tuning" in page.words.lower()
+
+
+@pytest.mark.parametrize(
+    "statuses",
+    [
+        {f"evaluate-wd0.5-trials-learning_rate3e-05-wd0.1-seed{seed}": "missing" for seed in (1, 2)},
+        {f"evaluate-wd{decay}-step100": "failed" for decay in ("0", "0.5", "1.5")},
+        {"pretrain-wd0.5": "running"},
+    ],
+    ids=["one outcome", "base of a step", "a base run"],
+)
+def test_unfinished_varied_studies_have_a_report(tmp_path: Path, statuses: dict[str, str]) -> None:
+    _, page = page_of(fabricate(tmp_path / "study", replace(VARIED, statuses=statuses, questions=30)))
+    assert not re.search(r"\b(?:nan|None|inf)\b", page.words)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megatron_plasticity.errors import UserError
@@ -49,6 +51,66 @@ def test_other_axes_make_groups(tmp_path: Path) -> None:
     results = collect(fabricate(tmp_path / "study", Fabrication(seeds=(1, 2), weight_decays=(1.0, 0.1), tasks=(), analyses=())))
     assert [group.label for group in results.groups] == ["seed = 1", "seed = 2"]
     assert [model.weight_decay for model in results.groups[0].models] == [0.1, 1.0]
+
+
+def test_ways_of_fine_tuning_make_outcomes(tmp_path: Path) -> None:
+    axes = {"optimizer.weight_decay": (0.0, 0.1), "schedule.decay_fraction": (0.1,), "engine.decay_fraction": (1e-5,)}
+    results = collect(fabricate(tmp_path / "study", replace(SMALL, finetune_axes=axes)))
+    first, second = results.variants
+    assert second == "weight_decay = 0.1, schedule.decay_fraction = 0.1, engine.decay_fraction = 1e-05"
+    assert results.variants[first] == {path: values[0] for path, values in axes.items()}
+    assert [(o.name, o.task, o.variant) for o in results.outcomes][1] == (f"arithmetic, {second}", "arithmetic", second)
+    model = results.groups[0].models[0]
+    assert set(model.finetuned_scores) == {outcome.name for outcome in results.outcomes}
+    assert set(model.base_scores) == set(SMALL.tasks)
+
+
+def test_one_way_of_fine_tuning_has_no_name(tmp_path: Path) -> None:
+    results = collect(fabricate(tmp_path / "study", replace(SMALL, finetune_axes={"optimizer.weight_decay": (0.5,)})))
+    assert results.variants == {}
+    assert [outcome.name for outcome in results.outcomes] == list(SMALL.tasks)
+
+
+def test_seeds_are_averaged_question_by_question(tmp_path: Path) -> None:
+    what = replace(SMALL, finetune_axes={"seed": (1, 2, 3)}, test_sets={"short": 5, "long": 15})
+    study = fabricate(tmp_path / "study", what)
+    results = collect(study)
+    assert (results.variants, results.finetune_seeds) == ({}, ("1", "2", "3"))
+    model = results.groups[0].models[1]
+    single = [
+        json.loads((folder_of(study, f"evaluate-wd0.5-trials-seed{seed}") / "results.json").read_text())["tasks"]["trials"]
+        for seed in (1, 2, 3)
+    ]
+    scores = model.finetuned_scores["trials"]
+    assert scores.greedy_correct == pytest.approx(np.mean([each["greedy_correct"] for each in single], axis=0))
+    means = [np.mean([part["metrics"]["greedy"]["value"] for part in each["test_sets"].values()]) for each in single]
+    greedy = scores.metrics["greedy"]
+    assert greedy.value == pytest.approx(np.mean(means)), "a task's score is the plain mean of its test sets'"
+    assert greedy.low is not None
+    assert greedy.high is not None
+    assert greedy.low < greedy.value < greedy.high
+    assert list(scores.by_seed.values()) == pytest.approx(means)
+    assert scores.metrics["pass"].low is None, "an interval of one seed is not that of the mean"
+    assert [(part.name, part.questions) for part in scores.test_sets] == [("short", 5), ("long", 15)]
+    levels = [each["test_sets"]["long"]["groups"]["level 1"]["greedy"] for each in single]
+    assert scores.test_sets[1].groups["level 1"] == pytest.approx(np.mean(levels))
+
+
+def test_a_seed_that_is_missing_is_left_out_of_the_average(tmp_path: Path) -> None:
+    what = replace(SMALL, finetune_axes={"seed": (1, 2)}, statuses={"evaluate-wd0.5-trials-seed1": "failed"})
+    scores = collect(fabricate(tmp_path / "study", what)).groups[0].models[1].finetuned_scores["trials"]
+    assert scores.by_seed == {}
+    assert set(scores.greedy_correct) <= {0, 1}
+
+
+def test_earlier_checkpoints_are_apart_from_the_last(tmp_path: Path) -> None:
+    results = collect(fabricate(tmp_path / "study", replace(SMALL, finetune_steps=(100, 200))))
+    assert results.earlier_steps == (100, 200)
+    model = results.groups[0].models[1]
+    assert list(model.earlier) == [100, 200]
+    early = model.earlier[100]
+    assert set(early.finetuned_scores) == set(early.base_scores) == set(SMALL.tasks)
+    assert early.finetuned_scores["trials"].greedy_correct != model.finetuned_scores["trials"].greedy_correct
 
 
 @pytest.mark.parametrize(

@@ -57,6 +57,23 @@ def test_a_study_from_corpus_to_report(tmp_path: Path) -> None:
     assert (first.folder / "results.json").stat().st_mtime_ns == written, "what is done is not done again"
 
 
+def test_fine_tuning_in_several_ways_from_several_checkpoints(tmp_path: Path) -> None:
+    changes = {
+        "analyses": NOTHING,
+        "finetune_axes": {"optimizer.learning_rate": [0.001, 0.01], "seed": [1, 2]},
+        "finetune_steps": [4],
+    }
+    outcome = run_study(small_study(tmp_path, changes))
+    assert outcome.failed == {}
+    assert len(outcome.done) == 2 * (1 + 2 * (1 + 2 * 4)), "every folder has the name that was planned"
+    results = collect(outcome.folder)
+    assert list(results.variants) == ["learning_rate = 0.001", "learning_rate = 0.01"]
+    models = results.groups[0].models
+    assert all(len(scores.by_seed) == 2 for model in models for scores in model.finetuned_scores.values())
+    assert all(set(model.earlier[4].finetuned_scores) == set(model.finetuned_scores) for model in models)
+    assert 'id="steps"' in write_report(outcome.folder).read_text()
+
+
 def test_a_stopped_study_keeps_what_is_done_and_goes_on(tmp_path: Path) -> None:
     study = write_study(
         tmp_path, {"base": {"steps": 400}, "axes": {"optimizer.weight_decay": [1.0]}, "analyses": NOTHING, "tasks": []}

@@ -104,6 +104,15 @@ def test_weight_decay_is_a_tag_however_it_was_stated(
     assert run_content(folder.path).tags["weight_decay"] == weight_decay
 
 
+def test_the_way_of_fine_tuning_and_the_step_are_tags(tmp_path: Path, make_config: Callable[..., PretrainConfig]) -> None:
+    folder = RunFolder.create(tmp_path, "pretrain", "x", make_config(), {})
+    cell = {"variant": {"optimizer.learning_rate": 3e-5, "seed": 2}, "step": 200}
+    tags = run_content(folder.path, {"name": "s"}, cell).tags
+    assert (tags["finetune.optimizer.learning_rate"], tags["finetune.seed"], tags["pretraining_step"]) == ("3e-05", "2", "200")
+    plain = run_content(folder.path, {"name": "s"}, {"variant": {}, "step": None}).tags
+    assert not [tag for tag in plain if tag.startswith(("finetune.", "pretraining_step"))]
+
+
 def test_an_unknown_status_is_named(tmp_path: Path, make_config: Callable[..., PretrainConfig]) -> None:
     folder = RunFolder.create(tmp_path, "pretrain", "x", make_config(), {})
     (folder.path / "state.json").write_text('{"status": "sleeping"}')

@@ -526,3 +526,63 @@ def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited in vain"
         time.sleep(0.01)
+
+
+class TestModels:
+    def test_an_evaluation_names_the_model_and_shows_samples(self, store: Path, folder: RunFolder) -> None:
+        from megatron_plasticity.evaluation.samples import SCHEMA, write_samples
+
+        with folder.running():
+            folder.mark_done({"held_out_loss": 3.5})
+        config = EvaluateConfig.model_validate({"name": "e", "run": str(folder.path), "tasks": [{"name": "arithmetic"}]})
+        evaluation = RunFolder.create(store, "evaluate", "e", config, {"model": folder.hash})
+        earlier = RunFolder.create(store, "evaluate", "earlier", config, {"model": f"{folder.hash}@5"})
+        row = dict.fromkeys(SCHEMA.names) | {"task": "arithmetic", "text": "2 + 2 = 4.", "correct": True}
+        for run in (evaluation, earlier):
+            with run.running():
+                write_samples(run.path / "samples.parquet", [row] * 1000)
+                run.mark_done({"tasks": {}})
+        for _ in range(2):  # the second time nothing is new
+            mirror = MlflowMirror(store, EXPERIMENT)
+            for run in (folder, evaluation, earlier):
+                mirror.sync(run.path)
+        found = Store(store)
+        runs = {name: found.client.get_run(run.info.run_id) for name, run in found.runs().items()}  # a search leaves models out
+        made: Any = runs["pretrain-wd0.5"].outputs
+        read: Any = runs["evaluate-e"].inputs
+        read_earlier: Any = runs["evaluate-earlier"].inputs
+        (output,) = made.model_outputs
+        (link,) = read.model_inputs
+        (earlier_link,) = read_earlier.model_inputs
+        assert link.model_id == output.model_id != earlier_link.model_id
+        model = found.client.get_logged_model(earlier_link.model_id)
+        assert (model.name, model.tags["step"], model.source_run_id) == (
+            "pretrain-wd0_5-step-5",
+            "5",
+            runs["pretrain-wd0.5"].info.run_id,
+        )
+        table = json.loads(Path(found.client.download_artifacts(runs["evaluate-e"].info.run_id, "samples.json")).read_text())
+        assert len(table["data"]) == 200
+        assert table["data"][0][table["columns"].index("text")] == "2 + 2 = 4."
+
+    def test_a_store_that_takes_no_artifacts_holds_up_nothing_else(
+        self, store: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from mlflow import MlflowClient
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise OSError("no such bucket")
+
+        config = EvaluateConfig.model_validate({"name": "e", "run": str(folder.path), "tasks": [{"name": "arithmetic"}]})
+        evaluation = RunFolder.create(store, "evaluate", "e", config, {"model": folder.hash})
+        with evaluation.running():
+            from megatron_plasticity.evaluation.samples import SCHEMA, write_samples
+
+            write_samples(evaluation.path / "samples.parquet", [dict.fromkeys(SCHEMA.names)])
+            evaluation.mark_done({"tasks": {"arithmetic": {"questions": 3}}})
+        monkeypatch.setattr(MlflowClient, "log_table", refuse)
+        with pytest.raises(UserError, match="no such bucket"):
+            MlflowMirror(store, EXPERIMENT).sync(evaluation.path)
+        run = Store(store).only()
+        assert run.info.status == "FINISHED"
+        assert run.data.metrics["results/tasks/arithmetic/questions"] == 3

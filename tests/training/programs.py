@@ -20,6 +20,7 @@ from megatron_plasticity.config.training import (
     ScheduleConfig,
     TrainingRecipe,
 )
+from megatron_plasticity.data.micro_batch import MicroBatch
 from megatron_plasticity.models.checkpoint import WEIGHTS
 from megatron_plasticity.models.initialisation import initialise
 from megatron_plasticity.models.loss import IGNORE, token_loss
@@ -174,7 +175,7 @@ def step_batch(
         rows = slice(start, start + micro)
         length = max([0, *(targets[rows] != IGNORE).any(dim=0).nonzero().flatten().tolist()]) + 1
         columns = slice(-(-length // multiple) * multiple)
-        micro_batches.append((inputs[rows, columns].contiguous(), targets[rows, columns].contiguous()))
+        micro_batches.append(MicroBatch(inputs[rows, columns].contiguous(), targets[rows, columns].contiguous()))
     return StepBatch(micro_batches, int((targets != IGNORE).sum()), inputs.numel())
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
-from torch import Tensor
 
-from megatron_plasticity.config.training import BatchConfig
+from megatron_plasticity.config.training import BatchConfig, Batching
 from megatron_plasticity.data.blocks import BlockReader
+from megatron_plasticity.data.micro_batch import MicroBatch
 from megatron_plasticity.data.order import SampleOrder
 from megatron_plasticity.data.sft import EncodedExample
 from megatron_plasticity.data.token_store import TokenStore, TokenStoreWriter
@@ -36,9 +37,11 @@ def examples_of_unequal_lengths(count: int) -> list[EncodedExample]:
     ]
 
 
-def finetune_batches(count: int, epochs: int, size: int = 8, micro: int = 8, rank: int = 0, ranks: int = 1) -> FinetuneBatches:
-    batch = BatchConfig(global_batch_size=size, micro_batch_size=micro)
-    return FinetuneBatches(examples_of_unequal_lengths(count), epochs, batch, grid_of(rank, ranks), 42, PADDING)
+def finetune_batches(
+    count: int, epochs: int, micro: int = 8, rank: int = 0, ranks: int = 1, batching: Batching = "as_drawn"
+) -> FinetuneBatches:
+    batch = BatchConfig(global_batch_size=8, micro_batch_size=micro)
+    return FinetuneBatches(examples_of_unequal_lengths(count), epochs, batch, grid_of(rank, ranks), 42, PADDING, batching)
 
 
 @pytest.fixture
@@ -54,10 +57,10 @@ def pretrain_batches(reader: BlockReader, micro: int = 8, rank: int = 0, ranks: 
     return PretrainBatches(reader, SampleOrder(len(reader), 42), batch, grid_of(rank, ranks), steps=5)
 
 
-def unpadded(inputs: Tensor, targets: Tensor) -> list[Row]:
+def unpadded(micro_batch: MicroBatch) -> list[Row]:
     """Rows without the padding, whose width depends on the micro-batch."""
     rows = []
-    for row, wanted in zip(inputs, targets, strict=True):
+    for row, wanted in zip(micro_batch.inputs, micro_batch.targets, strict=True):
         length = int((row != PADDING).sum())
         assert (row[:length] != PADDING).all(), "padding is on the right"
         assert (wanted[length:] == IGNORE).all(), "padding is not learned"
@@ -69,12 +72,12 @@ def rows_of_step(of_ranks: list[Batches], step: int, micro: int) -> tuple[list[R
     """The global batch put together from its ranks, in the order of its samples; and the two token counts, equal on all."""
     parts = [batches.step(step) for batches in of_ranks]
     assert len({(part.target_tokens, part.input_tokens) for part in parts}) == 1
-    assert all(len(inputs) == micro for part in parts for inputs, _ in part.micro_batches)
+    assert all(len(micro_batch.inputs) == micro for part in parts for micro_batch in part.micro_batches)
     rows = [
         row
         for accumulation in range(len(parts[0].micro_batches))
         for part in parts
-        for row in unpadded(*part.micro_batches[accumulation])
+        for row in unpadded(part.micro_batches[accumulation])
     ]
     return rows, parts[0].target_tokens, parts[0].input_tokens
 
@@ -100,6 +103,50 @@ def test_finetuning_batches_do_not_depend_on_the_layout(ranks: int, micro: int) 
         assert (rows, target_tokens, input_tokens) == rows_of_step([whole], step, 8)
         assert target_tokens == sum(target != IGNORE for _, targets in rows for target in targets)
         assert input_tokens == sum(len(inputs) for inputs, _ in rows)
+
+
+def lengths_of(micro_batch: MicroBatch) -> list[int]:
+    return [len(inputs) for inputs, _ in unpadded(micro_batch)]
+
+
+@pytest.mark.parametrize(("ranks", "micro"), LAYOUTS)
+def test_by_length_only_the_order_within_a_global_batch_changes(ranks: int, micro: int) -> None:
+    """The longest come first, over accumulation steps and over the ranks that compute at the same time."""
+    of_ranks: list[Batches] = [finetune_batches(11, 4, micro, rank, ranks, "by_length") for rank in range(ranks)]
+    drawn: Batches = finetune_batches(11, 4)
+    for step in range(drawn.steps):
+        rows, *counts = rows_of_step(of_ranks, step, micro)
+        expected, *expected_counts = rows_of_step([drawn], step, 8)
+        assert Counter(rows) == Counter(expected)
+        assert counts == expected_counts
+        lengths = [len(inputs) for inputs, _ in rows]
+        assert lengths == sorted(lengths, reverse=True)
+
+
+@pytest.mark.parametrize(("ranks", "micro"), LAYOUTS)
+def test_packed_micro_batches_are_those_by_length_without_padding(ranks: int, micro: int) -> None:
+    for rank in range(ranks):
+        by_length = finetune_batches(11, 4, micro, rank, ranks, "by_length")
+        packed = finetune_batches(11, 4, micro, rank, ranks, "packed")
+        for step in range(packed.steps):
+            assert packed.step(step).target_tokens == by_length.step(step).target_tokens
+            assert packed.step(step).input_tokens == by_length.step(step).input_tokens
+            for ours, rows in zip(packed.step(step).micro_batches, by_length.step(step).micro_batches, strict=True):
+                assert ours.segments is not None
+                assert list(ours.segments) == lengths_of(rows)
+                texts = zip(ours.inputs[0].split(ours.segments), ours.targets[0].split(ours.segments), strict=True)
+                assert [(tuple(a.tolist()), tuple(b.tolist())) for a, b in texts] == unpadded(rows)
+
+
+def test_padding_is_counted_over_the_whole_run() -> None:
+    shares = {batching: finetune_batches(11, 4, 2, batching=batching).padding_share() for batching in get_args(Batching)}
+    drawn = finetune_batches(11, 4, 2)
+    rows = [row for step in range(drawn.steps) for part in drawn.step(step).micro_batches for row in part.inputs]
+    assert shares["as_drawn"] == pytest.approx(sum(int((row == PADDING).sum()) for row in rows) / sum(map(len, rows)))
+    assert shares["as_drawn"] > 2 * shares["by_length"] > 0
+    assert shares["packed"] == 0.0
+    two_ranks = [finetune_batches(11, 4, 2, rank, 2).padding_share() for rank in range(2)]
+    assert two_ranks == [shares["as_drawn"]] * 2
 
 
 def test_a_step_does_not_depend_on_the_steps_before_it(reader: BlockReader) -> None:
@@ -146,15 +193,16 @@ def test_prompts_are_inputs_only() -> None:
     first = examples_of_unequal_lengths(8)
     second = [EncodedExample((*(299,) * e.prompt_length, *e.ids[e.prompt_length :]), e.prompt_length) for e in first]
     steps = [FinetuneBatches(examples, 1, batch, grid_of(0, 1), 42, PADDING).step(0) for examples in (first, second)]
-    (inputs, targets), (other_inputs, other_targets) = (step.micro_batches[0] for step in steps)
-    assert not torch.equal(inputs, other_inputs)
-    assert torch.equal(targets, other_targets)
+    first_batch, second_batch = (step.micro_batches[0] for step in steps)
+    assert not torch.equal(first_batch.inputs, second_batch.inputs)
+    assert torch.equal(first_batch.targets, second_batch.targets)
+    targets = first_batch.targets
     assert set(targets[targets != IGNORE].tolist()) <= set(range(200, 208)), "only ids of responses"
 
 
 @pytest.mark.parametrize("z_loss_weight", [0.0, 0.01])
 def test_what_is_predicted_on_prompts_and_padding_has_no_loss(z_loss_weight: float) -> None:
-    targets = finetune_batches(8, 1).step(0).micro_batches[0][1]
+    targets = finetune_batches(8, 1).step(0).micro_batches[0].targets
     ignored = targets == IGNORE
     logits = torch.randn(*targets.shape, 300, generator=torch.Generator().manual_seed(0)).requires_grad_()
     loss = training_loss(token_loss(logits, targets), targets, z_loss_weight)

@@ -12,6 +12,7 @@ import torch
 from megatron_plasticity.config.deepspeed import deepspeed_json, effective_zero_stage
 from megatron_plasticity.config.parallel import ParallelConfig
 from megatron_plasticity.config.training import BatchConfig, EngineConfig
+from megatron_plasticity.data.micro_batch import MicroBatch
 from megatron_plasticity.errors import ConfigError
 from megatron_plasticity.models.loss import IGNORE
 from megatron_plasticity.parallel.grid import process_grid
@@ -95,7 +96,8 @@ def test_without_gradients_weights_only_decay(zero_stage: int, precision: str) -
         inputs, targets = global_batch(0, 8)
         for _ in range(10):
             engine.set_learning_rate(0.01)
-            engine.train_batch(StepBatch([(inputs, torch.full_like(targets, IGNORE))], target_tokens=1, input_tokens=1))
+            nothing = MicroBatch(inputs, torch.full_like(targets, IGNORE))
+            engine.train_batch(StepBatch([nothing], target_tokens=1, input_tokens=1))
         after = whole(engine.full_weights())
         engine.close()
     for name in before:

@@ -17,7 +17,7 @@ from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig
 from megatron_plasticity.data.order import SampleOrder
 from megatron_plasticity.data.tokenizer import Tokenizer
 from megatron_plasticity.errors import CheckpointError, ConfigError, Interrupted, UserError
-from megatron_plasticity.evaluation.tasks import get_task
+from megatron_plasticity.evaluation.tasks.registry import get_task
 from megatron_plasticity.models.checkpoint import open_checkpoint
 from megatron_plasticity.tracking.metrics import read_metrics
 from megatron_plasticity.tracking.progress import NoProgress
@@ -46,6 +46,7 @@ def base(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFold
         "batch": {"global_batch_size": 4, "micro_batch_size": 4},
         "engine": {"zero_stage": 0, "precision": "fp32"},
         "steps": 2,
+        "checkpoint": {"every_steps": 1},
         "logging": {"mlflow": False},
         "device": "cpu",
     }
@@ -55,7 +56,7 @@ def base(tiny_corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFold
 def expected_examples(config: FinetuneConfig, tokenizer: Tokenizer) -> list[tuple[list[int], int]]:
     """(ids, prompt length) of the examples that have something to learn, from the task's texts."""
     kept = []
-    for example in get_task(config.task.name).train(config.task.train_examples, config.task.seed):
+    for example in get_task(config.task).train(config.task.train_examples, config.task.seed):
         prompt = tokenizer.encode(f"Human: {example.prompt}\nAssistant:")
         ids = [*prompt, *tokenizer.encode(example.response), tokenizer.end_of_text]
         if len(prompt) < config.max_length:
@@ -163,6 +164,19 @@ def test_a_run_leaves_what_everything_after_it_needs(finetune_config: Make, base
     written = (folder.path / "results.json").stat().st_mtime_ns
     assert finetune(config, NoProgress()).path == folder.path
     assert (folder.path / "results.json").stat().st_mtime_ns == written, "a run that is done is not done again"
+
+
+def test_any_checkpoint_along_a_run_is_a_base(finetune_config: Make, base: RunFolder) -> None:
+    """The last one is the run itself; an earlier one is another base, with a folder of its own. Nothing is learned here."""
+    still = {**UNEQUAL, "optimizer": {"learning_rate": 1e-30}}
+    checkpoints = [base.path / "checkpoints" / f"step-{step}" for step in (1, 2)]
+    early, last = (finetune(finetune_config(path, still), NoProgress()) for path in checkpoints)
+    assert early.inputs == {"base": f"{base.hash}@1"}
+    assert last.path == finetune(finetune_config(base.path, still), NoProgress()).path != early.path
+    for folder, checkpoint in zip((early, last), checkpoints, strict=True):
+        assert largest_difference(final_weights(folder), dict(open_checkpoint(checkpoint).tensors())) == 0.0
+    assert early.results["train_loss"] != last.results["train_loss"]
+    assert 0 < early.results["padding_share"] < 0.2
 
 
 def test_only_a_decay_that_is_asked_for_shrinks_weights(finetune_config: Make, base: RunFolder) -> None:

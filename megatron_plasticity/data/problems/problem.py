@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from random import Random
-from typing import Literal, Protocol
+from typing import Protocol
 
-AnswerKind = Literal["number", "maths", "choice", "yes_no_maybe"]
+from megatron_plasticity.config.tasks import AnswerKind
+
 Key = tuple[str | int, ...]
 
 LETTERS = "ABCDEFGH"

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from megatron_plasticity.study.report.comparability import mixed_graders
 from megatron_plasticity.study.report.findings import Findings
 from megatron_plasticity.study.report.tables import decimals, percent
-from megatron_plasticity.study.results import Estimate, Group
+from megatron_plasticity.study.results import Group, Outcome
+from megatron_plasticity.study.scores import Estimate
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,15 @@ class Answer:
     rank_caption: str
 
 
-def answer(group: Group, found: Findings, tasks: Sequence[str]) -> Answer:
+def answer(group: Group, found: Findings, outcomes: Sequence[Outcome]) -> Answer:
     """Put the findings on one group of base models into words."""
     notes = [
         found.problem,
-        *mixed_graders(group.models, tasks),
+        *mixed_graders(group.models, outcomes),
         _excluded(group, found),
-        _unfinished_tasks(found, tasks),
+        _unfinished(found, outcomes),
         _edge_of_scores(found),
+        _choices_of_variants(found),
     ]
     loss_caption = found.loss_statement if found.losses else ""
     return Answer(
@@ -95,7 +98,7 @@ def _score_note(found: Findings) -> str:
     assert found.best is not None
     low, high = found.best["low"], found.best["high"]
     share = next(row["share"] for row in found.best["distribution"] if row["weight_decay"] == found.best["weight_decay"])
-    score = f"{percent(found.best['score'])}\u00a0% correct, mean of {_count(found.task_count, 'task')}."
+    score = f"{percent(found.best['score'])}\u00a0% correct, mean of {_of_what(found)}."
     if len(found.mean_scores) < 2:
         return score
     return f"{score} Best in {100 * share:.0f}\u00a0% of the bootstrap resamples of the questions; {_middle(low, high)}."
@@ -179,11 +182,30 @@ def _excluded(group: Group, found: Findings) -> str:
     )
 
 
-def _unfinished_tasks(found: Findings, tasks: Sequence[str]) -> str:
-    missing = [task for task in tasks if task not in found.statistics["tasks"]]
-    if not missing or not found.task_count:
+def _unfinished(found: Findings, outcomes: Sequence[Outcome]) -> str:
+    missing = [outcome.name for outcome in outcomes if outcome.name not in found.statistics["tasks"]]
+    if not missing or not found.outcome_count:
         return ""
+    if any(outcome.variant for outcome in outcomes):
+        return (
+            f"No λ has fine-tuned scores on {len(missing)} of the {len(outcomes)} pairs of task and way of fine-tuning, so the "
+            "mean is over the others."
+        )
     return f"No λ has fine-tuned scores on {listing(missing)}, so the mean is over the other {_count(found.task_count, 'task')}."
+
+
+def _choices_of_variants(found: Findings) -> str:
+    if len(found.variants) < 2:
+        return ""
+    chosen = Counter(variant["best"]["weight_decay"] for variant in found.variants.values())
+    times = listing(f"λ = {decay:.3g} after {count}" for decay, count in chosen.most_common())
+    return f"Of the {len(found.variants)} ways of fine-tuning, each with its own mean over tasks, the best is {times}."
+
+
+def _of_what(found: Findings) -> str:
+    """What the mean score is over."""
+    ways = f" in {len(found.variants)} ways of fine-tuning" if found.variants else ""
+    return _count(found.task_count, "task") + ways
 
 
 def _rank_caption(found: Findings) -> str:
@@ -192,7 +214,7 @@ def _rank_caption(found: Findings) -> str:
     discordant, pairs = found.discordant
     return (
         f"Lines that cross are pairs of λ that loss and score put in opposite order: {discordant} of {_count(pairs, 'pair')}. "
-        "Score: mean over tasks, greedy. "
+        f"Score: mean over tasks{' and ways of fine-tuning' if found.variants else ''}, greedy. "
         "Ranks hide how close the numbers are; see the intervals below."
     )
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from megatron_plasticity.study.results import BaseModel, TaskScores
+from megatron_plasticity.study.results import BaseModel, Outcome
+from megatron_plasticity.study.scores import TaskScores
 
 _READABLE = 0.5
 """Share of readable samples of the base models below which the page says so under the figure."""
 
 
-def mixed_graders(models: Sequence[BaseModel], tasks: Sequence[str]) -> list[str]:
+def mixed_graders(models: Sequence[BaseModel], outcomes: Sequence[Outcome]) -> list[str]:
     """A sentence for each task whose answers were not all judged by one grader."""
     sentences = []
-    for task in tasks:
+    for task in dict.fromkeys(outcome.task for outcome in outcomes):
+        names = [outcome.name for outcome in outcomes if outcome.task == task]
         decays: dict[str, dict[float, None]] = {}
         for model in models:
-            for scores in (model.base_scores.get(task), model.finetuned_scores.get(task)):
+            for scores in (model.base_scores.get(task), *(model.finetuned_scores.get(name) for name in names)):
                 if scores is not None and scores.grader:
                     decays.setdefault(scores.grader, {})[model.weight_decay] = None
         if len(decays) > 1:

@@ -10,10 +10,13 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from megatron_plasticity.study.report.comparability import readability
-from megatron_plasticity.study.report.figures import internals, outcomes, training
+from megatron_plasticity.study.report.figures import internals, training
+from megatron_plasticity.study.report.figures import outcomes as outcome_figures
 from megatron_plasticity.study.report.figures.svg import Palette, render
 from megatron_plasticity.study.report.figures.weight_decay_axis import WeightDecayAxis
-from megatron_plasticity.study.results import BaseModel, Group, estimate, number
+from megatron_plasticity.study.report.tables import stages_of
+from megatron_plasticity.study.results import BaseModel, Group, Outcome
+from megatron_plasticity.study.scores import Estimate, TaskScores, estimate, number
 
 _MOST_LAYERS = 4
 """Layers whose spectra are drawn; of a deeper model the first, the last and some between."""
@@ -53,28 +56,66 @@ class Draughtsman:
         """Held-out loss against λ; None without any loss."""
         if all(model.held_out_loss is None for model in self.models):
             return None
-        figure = outcomes.loss_figure(self.models, self.palette, self.axis)
+        figure = outcome_figures.loss_figure(self.models, self.palette, self.axis)
         return self._drawing(figure, "loss", "Held-out loss against weight decay", caption)
 
-    def tasks(self, tasks: Sequence[str], readable: Mapping[str, Sequence[float]]) -> list[Drawing]:
-        """One panel per task that has a score. `readable`: how often the base models gave a readable answer."""
-        return [
-            self._drawing(
-                outcomes.task_figure(task, self.models, self.palette, self.axis),
-                f"task-{task}",
-                f"Score of {task} against weight decay",
-                readability(task, readable),
+    def tasks(
+        self, outcomes: Sequence[Outcome], curves: Mapping[str, Mapping[str, Any]], readable: Mapping[str, Sequence[float]]
+    ) -> list[Drawing]:
+        """One panel per task that has a score, of the mean over the ways of fine-tuning where there are several.
+
+        `curves` are the statistics by task, `readable` is how often the base models gave a readable answer.
+        """
+        drawings = []
+        for task in dict.fromkeys(outcome.task for outcome in outcomes):
+            of_task = [outcome for outcome in outcomes if outcome.task == task]
+            scores = [s for model in self.models for _, _, s in stages_of(model, of_task) if s is not None]
+            if not scores:
+                continue
+            tuned = [self._greedy([model.finetuned_scores.get(outcome.name) for model in self.models]) for outcome in of_task]
+            several = len(of_task) > 1
+            figure = outcome_figures.task_figure(
+                task,
+                self._greedy([model.base_scores.get(task) for model in self.models]),
+                _estimates(curves.get(task, {}), "score") if several else tuned[0],
+                max(s.questions for s in scores),
+                next((s.chance for s in scores if s.chance is not None), None),
+                self.palette,
+                self.axis,
+                tuned if several else (),
             )
-            for task in tasks
-            if any(task in model.base_scores or task in model.finetuned_scores for model in self.models)
-        ]
+            lines = f"Thin lines are the {len(of_task)} ways of fine-tuning, dots their mean." if several else ""
+            caption = " ".join(text for text in (lines, readability(task, readable)) if text)
+            drawings.append(self._drawing(figure, f"task-{task}", f"Score of {task} against weight decay", caption))
+        return drawings
+
+    def _greedy(self, scores: Sequence[TaskScores | None]) -> dict[float, Estimate]:
+        """λ → greedy score; `scores` are of the group's models."""
+        known = zip(self.models, scores, strict=True)
+        return {model.weight_decay: s.metrics["greedy"] for model, s in known if s is not None and "greedy" in s.metrics}
+
+    def over_steps(self, over_steps: Mapping[int, Mapping[str, Any]]) -> list[Drawing]:
+        """Mean score and gain after fine-tuning from each step of pretraining; empty if only the last was."""
+        drawings = []
+        for quantity, title, unit in (
+            ("score", "Score after fine-tuning", "correct, greedy (%)"),
+            ("gain", "Gain from fine-tuning", "percentage points"),
+        ):
+            lines: dict[float, dict[int, Estimate]] = {}
+            for step, statistics in over_steps.items():
+                for decay, found in _estimates(statistics.get("mean") or {}, quantity).items():
+                    lines.setdefault(decay, {})[step] = found
+            if lines:
+                figure = training.plasticity_figure(title, unit, dict(sorted(lines.items())), self.palette)
+                drawings.append(self._drawing(figure, f"steps-{quantity}", f"{title} against the step of pretraining"))
+        return drawings
 
     def ranks(self, losses: Mapping[float, float], scores: Mapping[float, float], caption: str) -> Drawing | None:
         """Slope chart of the λ that have a loss and a mean fine-tuned score; None for fewer than two."""
         both = [decay for decay in losses if decay in scores]
         if len(both) < 2:
             return None
-        figure = outcomes.rank_figure({d: losses[d] for d in both}, {d: scores[d] for d in both}, self.palette)
+        figure = outcome_figures.rank_figure({d: losses[d] for d in both}, {d: scores[d] for d in both}, self.palette)
         return self._drawing(figure, "ranks", "Rank of each weight decay by held-out loss and by mean fine-tuned score", caption)
 
     def gaps(self) -> list[Drawing]:
@@ -86,12 +127,12 @@ class Draughtsman:
         if gaps:
             drawings.append(
                 self._drawing(
-                    outcomes.gap_figure(gaps, self.palette, self.axis), "gap", "Train–validation gap against weight decay"
+                    outcome_figures.gap_figure(gaps, self.palette, self.axis), "gap", "Train–validation gap against weight decay"
                 )
             )
         if deciles:
             passes = max((m.passes for m in self.models if m.passes is not None and m.overfitting), default=1.0)
-            figure = outcomes.decile_figure(deciles, self.palette, passes)
+            figure = outcome_figures.decile_figure(deciles, self.palette, passes)
             drawings.append(self._drawing(figure, "deciles", "Gap by when the sequences were first seen"))
         return drawings
 
@@ -194,6 +235,11 @@ class Draughtsman:
         for model in self.models:
             if (cell := get(model)) is not None:
                 yield model.weight_decay, cell.results
+
+
+def _estimates(curve: Mapping[str, Any], quantity: str) -> dict[float, Estimate]:
+    """λ → `score` or `gain` of the statistics of a curve."""
+    return {row["weight_decay"]: found for row in curve.get("scores", ()) if (found := estimate(row.get(quantity)))}
 
 
 def _probe_precision(texts: float | None) -> str:

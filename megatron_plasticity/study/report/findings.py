@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_plasticity.analysis.paired_losses import SequenceLosses
 from megatron_plasticity.analysis.plasticity import GridPoint, TaskOutcome, plasticity
 from megatron_plasticity.errors import UserError
-from megatron_plasticity.study.results import BaseModel, Estimate, Group, estimate
+from megatron_plasticity.study.results import BaseModel, CheckpointScores, Group, Outcome
+from megatron_plasticity.study.scores import Estimate, bootstrap_settings, estimate
 
 MEAN = "mean of tasks"
-_RESAMPLES = 1000
 _KEPT = ("seen_losses", "held_out_losses", "seen_blocks", "held_out_blocks")
 
 
@@ -26,19 +26,37 @@ class Findings:
     """What `plasticity` returned."""
     problem: str | None = None
     """Why there are no statistics on scores, in words."""
+    over_steps: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    """Pretraining step → what `plasticity` returned of the checkpoints of that step, the last included; empty if only the last
+    one was evaluated."""
 
     @property
     def curves(self) -> dict[str, Mapping[str, Any]]:
-        """Task → statistics of its scores; the mean of tasks last, if there is one of more than one task."""
-        curves = dict(self.statistics["tasks"])
+        """Task → statistics of its scores (means over the variants); the mean of tasks last, if it is of more than one."""
+        curves = dict(self.statistics.get("task_means") or self.statistics["tasks"])
         if self._mean and len(curves) > 1:
             curves[MEAN] = self._mean
         return curves
 
     @property
+    def variants(self) -> Mapping[str, Mapping[str, Any]]:
+        """Variant → best λ by mean score after it and rank correlation with the first; empty where there is one."""
+        return self.statistics.get("variants") or {}
+
+    @property
+    def outcome_curves(self) -> Mapping[str, Mapping[str, Any]]:
+        """Outcome → statistics of its scores; empty where the outcomes are the tasks."""
+        return self.statistics["tasks"] if self.variants else {}
+
+    @property
+    def outcome_count(self) -> int:
+        """Outcomes that at least one λ finished."""
+        return len(self.statistics["tasks"])
+
+    @property
     def task_count(self) -> int:
         """Tasks that at least one λ finished."""
-        return len(self.statistics["tasks"])
+        return len(self.statistics.get("task_means") or self.statistics["tasks"])
 
     @property
     def loss_statement(self) -> str:
@@ -92,24 +110,25 @@ class Findings:
             "best_by_score": best_by_score,
             "problem": self.problem,
             "plasticity": self.statistics,
+            **({"over_pretraining": {str(step): found for step, found in self.over_steps.items()}} if self.over_steps else {}),
         }
 
 
-def find(group: Group, tasks: Sequence[str], config: Mapping[str, Any] | None = None) -> Findings:
+def find(group: Group, outcomes: Sequence[Outcome], config: Mapping[str, Any] | None = None) -> Findings:
     """Statistics over the λ of `group`. Scores that cannot be compared are left out, and the reason is kept.
 
     Resamples and seed are those of the study's evaluations, from `config`. Where an evaluation gave its score an interval, that
     one is kept, so that a score has one interval on the whole page.
     """
-    evaluate = (config or {}).get("evaluate") or {}
-    resamples, seed = int(evaluate.get("bootstrap_resamples") or _RESAMPLES), int(evaluate.get("seed") or 0)
+    settings = bootstrap_settings(config or {})
     losses = {model.weight_decay: loss for model in group.models if (loss := model.held_out_loss) is not None}
     try:
-        statistics = plasticity([_point(model, tasks) for model in group.models], resamples, seed)
+        statistics = plasticity([_point(model, outcomes) for model in group.models], *settings)
+        over_steps = {step: plasticity(points, *settings) for step, points in _points_by_step(group, outcomes).items()}
     except UserError as error:
-        return Findings(losses, plasticity([_point(model, ()) for model in group.models], resamples, seed), str(error))
+        return Findings(losses, plasticity([_point(model, ()) for model in group.models], *settings), str(error))
     _keep_own_intervals(statistics, group)
-    return Findings(losses, statistics)
+    return Findings(losses, statistics, over_steps=over_steps)
 
 
 def _keep_own_intervals(statistics: Mapping[str, Any], group: Group) -> None:
@@ -123,19 +142,40 @@ def _keep_own_intervals(statistics: Mapping[str, Any], group: Group) -> None:
                     row["score"] = {"value": row["score"]["value"], "low": own.low, "high": own.high}
 
 
-def _point(model: BaseModel, tasks: Sequence[str]) -> GridPoint:
-    outcomes: dict[str, TaskOutcome] = {}
-    for task in tasks:
-        tuned, base = model.finetuned_scores.get(task), model.base_scores.get(task)
+def _point(model: BaseModel, outcomes: Sequence[Outcome]) -> GridPoint:
+    found = _task_outcomes(model, outcomes)
+    return GridPoint(model.weight_decay, model.held_out_loss, found, _sequences(model))
+
+
+def _points_by_step(group: Group, outcomes: Sequence[Outcome]) -> dict[int, list[GridPoint]]:
+    """The grid at each pretraining step that was evaluated, ascending; empty if only the last was.
+
+    Held-out losses are those of the last step, so that they stand in no earlier point.
+    """
+    points: dict[int, list[GridPoint]] = {}
+    for model in group.models:
+        last = model.pretrain.results.get("steps")
+        for step, scores in {**model.earlier, **({last: model} if model.earlier and isinstance(last, int) else {})}.items():
+            points.setdefault(step, []).append(GridPoint(model.weight_decay, None, _task_outcomes(scores, outcomes)))
+    return dict(sorted(points.items()))
+
+
+def _task_outcomes(scores: BaseModel | CheckpointScores, outcomes: Sequence[Outcome]) -> dict[str, TaskOutcome]:
+    found: dict[str, TaskOutcome] = {}
+    for outcome in outcomes:
+        tuned, base = scores.finetuned_scores.get(outcome.name), scores.base_scores.get(outcome.task)
         if tuned is not None and tuned.greedy_correct:
             asked = base if base is not None and base.greedy_correct else None
-            outcomes[task] = TaskOutcome(
+            found[outcome.name] = TaskOutcome(
                 tuned.greedy_correct,
                 asked.greedy_correct if asked else None,
                 tuned.questions_sha256,
                 asked.questions_sha256 if asked else None,
+                tuned.strata,
+                outcome.task,
+                outcome.variant,
             )
-    return GridPoint(model.weight_decay, model.held_out_loss, outcomes, _sequences(model))
+    return found
 
 
 def _sequences(model: BaseModel) -> SequenceLosses | None:

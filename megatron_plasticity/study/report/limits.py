@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from megatron_plasticity.study.results import BASE_KINDS, StudyResults, number
+from megatron_plasticity.study.results import BASE_KINDS, StudyResults
+from megatron_plasticity.study.scores import number
 
 
 def limits(results: StudyResults) -> list[str]:
@@ -14,6 +15,7 @@ def limits(results: StudyResults) -> list[str]:
             _scale(results),
             _repetition(results),
             _seeds(results),
+            _finetune_seeds(results),
             _intervals(results),
             _questions(results),
             _sources(results),
@@ -96,6 +98,15 @@ def _seeds(results: StudyResults) -> str:
     )
 
 
+def _finetune_seeds(results: StudyResults) -> str:
+    if len(results.finetune_seeds) < 2:
+        return ""
+    return (
+        f"Seeds of fine-tuning. Each base model was fine-tuned with {len(results.finetune_seeds)} seeds, and their scores are "
+        "averaged question by question. The spread over them is in its own table, and is not part of the intervals."
+    )
+
+
 def _intervals(results: StudyResults) -> str:
     return (
         "Intervals. They are bootstrap intervals over questions or sequences: they say how a score would change with another "
@@ -156,10 +167,11 @@ def _grid(results: StudyResults) -> str:
 
 
 def _comparisons(results: StudyResults) -> str:
-    if len(results.tasks) < 2:
+    if len(results.outcomes) < 2:
         return ""
+    ways = f", {len(results.variants)} ways of fine-tuning" if results.variants else ""
     return (
-        f"Many looks. With {len(results.tasks)} tasks and {len(results.weight_decays)} values of λ, some differences look "
+        f"Many looks. With {len(results.tasks)} tasks{ways} and {len(results.weight_decays)} values of λ, some differences look "
         "large by chance. No correction is made "
         "for that; single tasks are for exploring."
     )

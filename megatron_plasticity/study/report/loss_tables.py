@@ -7,7 +7,8 @@ from typing import Any
 
 from megatron_plasticity.study.report.figures.weight_decay_axis import timescale_text
 from megatron_plasticity.study.report.tables import Entry, Table, decimals, estimate_entry, table
-from megatron_plasticity.study.results import BaseModel, estimate, number
+from megatron_plasticity.study.results import BaseModel
+from megatron_plasticity.study.scores import estimate, number
 
 
 def model_table(models: Sequence[BaseModel], paired: Mapping[str, Any] | None = None) -> Table:

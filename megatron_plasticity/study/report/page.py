@@ -21,12 +21,14 @@ from megatron_plasticity.study.report.comparability import base_format_rates
 from megatron_plasticity.study.report.drawings import Draughtsman, Drawing
 from megatron_plasticity.study.report.figures.svg import Palette, drawing
 from megatron_plasticity.study.report.findings import Findings, find
+from megatron_plasticity.study.report.finetuning_tables import finetuning_tables, legend, scores_by_test_set, step_tables
 from megatron_plasticity.study.report.limits import limits
 from megatron_plasticity.study.report.loss_tables import model_table, paired_loss_caption, paired_loss_table
 from megatron_plasticity.study.report.plasticity_tables import LEGEND, TitledTable, plasticity_tables
 from megatron_plasticity.study.report.samples import LONGEST_ANSWER, SampleSet, sample_sets
 from megatron_plasticity.study.report.tables import Table
-from megatron_plasticity.study.results import BASE_KINDS, Group, StudyResults, collect, number
+from megatron_plasticity.study.results import BASE_KINDS, Group, StudyResults, collect
+from megatron_plasticity.study.scores import number
 
 _CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 """Characters that HTML forbids, which a model may well write."""
@@ -46,7 +48,10 @@ class GroupView:
     loss_differences_caption: str
     tasks: list[Drawing]
     score_tables: Mapping[str, Table]
+    test_set_tables: Mapping[str, Table]
     plasticity_tables: list[TitledTable]
+    over_steps: list[Drawing]
+    step_tables: list[TitledTable]
     samples: list[SampleSet]
     probes: Mapping[str, list[Drawing]]
     pseudo_ranks: list[Drawing]
@@ -62,10 +67,10 @@ def write_report(study_folder: Path) -> Path:
     Works on a study in any state: what is missing is named. Raises UserError if the folder is no study.
     """
     results = collect(study_folder)
-    findings = [find(group, results.tasks, results.config) for group in results.groups]
+    findings = [find(group, results.outcomes, results.config) for group in results.groups]
     folder = study_folder / "report"
-    write_text_atomic(folder / "cells.csv", tables.csv_text(tables.CELL_COLUMNS, tables.cell_records(results)))
-    write_text_atomic(folder / "scores.csv", tables.csv_text(tables.SCORE_COLUMNS, tables.score_records(results)))
+    write_text_atomic(folder / "cells.csv", tables.csv_text(tables.cell_columns(results), tables.cell_records(results)))
+    write_text_atomic(folder / "scores.csv", tables.csv_text(tables.score_columns(results), tables.score_records(results)))
     write_json_atomic(folder / "report.json", _report_json(results, findings))
     write_text_atomic(folder / "index.html", render_page(results, findings))
     return folder / "index.html"
@@ -91,7 +96,9 @@ def render_page(results: StudyResults, findings: list[Findings]) -> str:
 
 def _group_view(results: StudyResults, group: Group, found: Findings, draughtsman: Draughtsman) -> GroupView:
     readable = base_format_rates(group.models, results.tasks)
-    said = answer(group, found, results.tasks)
+    said = answer(group, found, results.outcomes)
+    by_task = {task: [outcome for outcome in results.outcomes if outcome.task == task] for task in results.tasks}
+    by_test_set = {task: scores_by_test_set(group.models, outcomes) for task, outcomes in by_task.items()}
     return GroupView(
         label=group.label,
         answer=said,
@@ -100,10 +107,16 @@ def _group_view(results: StudyResults, group: Group, found: Findings, draughtsma
         model_table=model_table(group.models, found.paired_losses),
         loss_differences=paired_loss_table(found.paired_losses),
         loss_differences_caption=paired_loss_caption(found.paired_losses),
-        tasks=draughtsman.tasks(results.tasks, readable),
-        score_tables={task: tables.score_table(task, group.models) for task in results.tasks},
-        plasticity_tables=plasticity_tables(found, readable),
-        samples=sample_sets(results.tasks, group.models),
+        tasks=draughtsman.tasks(results.outcomes, found.curves, readable),
+        score_tables={task: tables.score_table(group.models, outcomes) for task, outcomes in by_task.items()},
+        test_set_tables={task: parts for task, parts in by_test_set.items() if parts is not None},
+        plasticity_tables=[
+            *plasticity_tables(found, readable),
+            *finetuning_tables(found, results.variants, group.models, results.outcomes),
+        ],
+        over_steps=draughtsman.over_steps(found.over_steps),
+        step_tables=step_tables(found),
+        samples=sample_sets(group.models, results.outcomes),
         probes=draughtsman.probes(),
         pseudo_ranks=draughtsman.pseudo_ranks(),
         spectra=draughtsman.spectra(),
@@ -117,7 +130,7 @@ def _context(results: StudyResults, groups: list[GroupView], palette: Palette) -
     incomplete = [cell for cell in results.cells if cell.status != "done"]
     counts = Counter(cell.status for cell in results.cells)
     summary = ", ".join(f"{count} {status}" for status, count in counts.most_common())
-    sections = ("tasks", "samples", "probes", "gaps", "curves")
+    sections = ("tasks", "test_set_tables", "over_steps", "samples", "probes", "gaps", "curves")
     has = {name: any(getattr(group, name) for group in groups) for name in sections}
     has["attention"] = any(group.pseudo_ranks or group.spectra or group.attention_maps for group in groups)
     return {
@@ -129,7 +142,7 @@ def _context(results: StudyResults, groups: list[GroupView], palette: Palette) -
         "weight_decays": results.weight_decays,
         "unfinished": _unfinished(len(incomplete), len(results.cells), summary),
         "metrics": list(tables.METRICS.values()),
-        "plasticity_legend": LEGEND,
+        "plasticity_legend": [*LEGEND, *legend(results)],
         "longest_answer": LONGEST_ANSWER,
         "cell_summary": f"{len(results.cells)} runs: {summary}." if results.cells else "The study has no runs.",
         "incomplete_cells": tables.cell_table(incomplete) if incomplete else None,
@@ -152,7 +165,8 @@ def _unfinished(incomplete: int, total: int, summary: str) -> str:
 def _facts(results: StudyResults) -> str:
     """One line on the size of the study, of what is known."""
     done = [cell.results for cell in results.cells if cell.kind in BASE_KINDS and cell.results]
-    facts = [f"{len(results.weight_decays)} values of λ", f"{len(results.tasks)} tasks", f"{len(results.cells)} runs"]
+    facts = [f"{len(results.weight_decays)} values of λ", f"{len(results.tasks)} tasks", *_finetuning_facts(results)]
+    facts.append(f"{len(results.cells)} runs")
     sizes = [size for r in done if (size := number((r.get("parameters") or {}).get("total")))]
     tokens = [count for r in done if (count := number(r.get("tokens")))]
     known = {"parameters": sizes, "training tokens": tokens}
@@ -161,6 +175,15 @@ def _facts(results: StudyResults) -> str:
     if isinstance(model, Mapping) and model.get("family"):
         facts.insert(0, f"{model['family']}")
     return " · ".join(facts)
+
+
+def _finetuning_facts(results: StudyResults) -> list[str]:
+    counts = {
+        "ways of fine-tuning": len(results.variants),
+        "seeds of fine-tuning": len(results.finetune_seeds),
+        "pretraining steps": len(results.earlier_steps) + 1,
+    }
+    return [f"{count} {what}" for what, count in counts.items() if count > 1]
 
 
 def _millions(values: list[float]) -> str:
@@ -196,6 +219,7 @@ def _report_json(results: StudyResults, findings: list[Findings]) -> dict[str, A
         "description": results.description,
         "weight_decays": list(results.weight_decays),
         "tasks": list(results.tasks),
+        **({"variants": results.variants} if results.variants else {}),
         "groups": [
             {"label": group.label, "models": [m.pretrain.id for m in group.models], **found.record()}
             for group, found in zip(results.groups, findings, strict=True)

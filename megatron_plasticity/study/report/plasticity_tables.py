@@ -8,7 +8,7 @@ from typing import Any
 
 from megatron_plasticity.study.report.findings import MEAN, Findings
 from megatron_plasticity.study.report.tables import Entry, Table, decimals, estimate_entry, percent, table
-from megatron_plasticity.study.results import estimate
+from megatron_plasticity.study.scores import estimate
 
 LEGEND = (
     ("Gain", "score after fine-tuning minus score of the base model on the same questions, in percentage points"),
@@ -58,19 +58,45 @@ def plasticity_tables(found: Findings, readable: Mapping[str, Sequence[float]]) 
     curves = found.curves
     if not curves:
         return []
+    return curve_tables(curves, found.statistics["weight_decays"], readable)
+
+
+def curve_tables(
+    curves: Mapping[str, Mapping[str, Any]],
+    weight_decays: Sequence[float],
+    readable: Mapping[str, Sequence[float]] | None = None,
+    of: str = "",
+) -> list[TitledTable]:
+    """The tables of some curves; with `of`, the end of their titles, all of them folded."""
+    folded = bool(of)
     tables = [
-        TitledTable("Best λ", _best(curves)),
+        TitledTable(f"Best λ{of}", _best(curves), folded),
         TitledTable(
-            "Gain from fine-tuning at each λ, percentage points", _gains(curves, found.statistics["weight_decays"], readable)
+            f"Gain from fine-tuning at each λ, percentage points{of}", _gains(curves, weight_decays, readable or {}), folded
         ),
-        TitledTable("Loss against score", _agreement(curves)),
+        TitledTable(f"Loss against score{of}", _agreement(curves), folded),
     ]
     pairs = _discordant_pairs(curves)
-    return [*tables, TitledTable(f"All {len(pairs.rows)} discordant pairs", pairs, folded=True)] if pairs.rows else tables
+    if pairs.rows:
+        tables.append(TitledTable(f"All {len(pairs.rows)} discordant pairs{of}", pairs, folded=True))
+    return tables
 
 
-def _name(task: str) -> Entry:
+def name_entry(task: str) -> Entry:
+    """The first field of a row."""
     return Entry(task, look="strong" if task == MEAN else "")
+
+
+def best_entries(best: Mapping[str, Any]) -> tuple[str, str]:
+    """Best λ with its ties, and the range of choices."""
+    tied = "".join(f" = {decay:.3g}" for decay in best["ties"])
+    low, high = f"{best['low']:.3g}", f"{best['high']:.3g}"
+    return f"{best['weight_decay']:.3g}" + tied, low if best["low"] == best["high"] else f"{low} to {high}"
+
+
+def at_each(curve: Mapping[str, Any], weight_decays: Sequence[float], quantity: str) -> list[Entry]:
+    """`gain` or `score` at each λ."""
+    return [estimate_entry(_at(curve, decay, quantity)) for decay in weight_decays]
 
 
 def _best(curves: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -86,12 +112,10 @@ def _best(curves: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = []
     for task, curve in curves.items():
         best = curve["best"]
-        tied = "".join(f" = {decay:.3g}" for decay in best["ties"])
         rows.append(
             (
-                _name(task),
-                f"{best['weight_decay']:.3g}" + tied,
-                f"{best['low']:.3g}" if best["low"] == best["high"] else f"{best['low']:.3g} to {best['high']:.3g}",
+                name_entry(task),
+                *best_entries(best),
                 estimate_entry(_at(curve, best["weight_decay"], "score")),
                 estimate_entry(estimate(curve.get("advantage"))),
                 estimate_entry(estimate(curve["area"].get("score"))),
@@ -117,8 +141,8 @@ def _gains(
         columns,
         [
             (
-                _name(task),
-                *(estimate_entry(_at(curve, d, "gain")) for d in weight_decays),
+                name_entry(task),
+                *at_each(curve, weight_decays, "gain"),
                 *([_readable_entry(task, readable)] if readable else []),
             )
             for task, curve in curves.items()
@@ -148,7 +172,7 @@ def _agreement(curves: Mapping[str, Mapping[str, Any]]) -> Table:
     rows = []
     for task, curve in curves.items():
         discordant = curve["discordant"]
-        fields = [_name(task), f"{len(discordant['discordant'])} of {discordant['pairs']}"]
+        fields = [name_entry(task), f"{len(discordant['discordant'])} of {discordant['pairs']}"]
         for name in ("pearson", "spearman"):
             correlation = curve["correlation"].get(name) or {}
             fields.append(decimals(correlation.get("value"), 2))
@@ -171,7 +195,7 @@ def _discordant_pairs(curves: Mapping[str, Mapping[str, Any]]) -> Table:
     }
     rows = [
         (
-            _name(task),
+            name_entry(task),
             f"{pair['better_loss']:.3g}",
             f"{pair['better_score']:.3g}",
             decimals(pair["loss_difference"], 4),

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_plasticity.study.results import BaseModel
+from megatron_plasticity.study.report.tables import stages_of
+from megatron_plasticity.study.results import BaseModel, Outcome
 
 LONGEST_ANSWER = 600
 """Characters of an answer that are shown."""
@@ -42,14 +43,15 @@ class SampleSet:
     questions: tuple[Question, ...]
 
 
-def sample_sets(tasks: Sequence[str], models: Sequence[BaseModel]) -> list[SampleSet]:
-    """The first questions of each task; tasks without examples are left out."""
+def sample_sets(models: Sequence[BaseModel], outcomes: Sequence[Outcome]) -> list[SampleSet]:
+    """The first questions of each task, after the first way of fine-tuning; tasks without examples are left out."""
     sets = []
-    for task in tasks:
+    for task in dict.fromkeys(outcome.task for outcome in outcomes):
+        first = next(outcome for outcome in outcomes if outcome.task == task)
         asked: dict[str, tuple[str, list[Answer]]] = {}
-        for stage, scores in (("base", "base_scores"), ("fine-tuned", "finetuned_scores")):
+        for index in range(2):
             for model in models:
-                found = getattr(model, scores).get(task)
+                stage, _variant, found = stages_of(model, [first])[index]
                 for example in found.examples if found else ():
                     _right, rows = asked.setdefault(str(example.get("prompt", "")), (str(example.get("answer", "")), []))
                     rows.append(_answer(f"{model.weight_decay:.3g}", stage, example))

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_plasticity.study.results import BaseModel, Cell, Estimate, StudyResults, TaskScores, number
+from megatron_plasticity.study.results import BaseModel, Cell, CheckpointScores, Outcome, StudyResults
+from megatron_plasticity.study.scores import Estimate, TaskScores, number
 
 METRICS = {
     "greedy": ("greedy", "share of questions answered correctly at temperature 0"),
@@ -68,9 +69,9 @@ def estimate_entry(found: Estimate | None, *, share: bool = True, digits: int = 
     return Entry(show(found.value), f"{show(found.low)} to {show(found.high)}" if known else "")
 
 
-def score_table(task: str, models: Sequence[BaseModel]) -> Table:
-    """Every metric of one task, for each base model before and after fine-tuning."""
-    stages = [(model, stage, scores) for model in models for stage, scores in _stages(model, task)]
+def score_table(models: Sequence[BaseModel], outcomes: Sequence[Outcome]) -> Table:
+    """Every metric of the outcomes of one task, for each base model before and after fine-tuning."""
+    stages = [(m, variant or stage, scores) for m in models for stage, variant, scores in stages_of(m, outcomes)]
     found = [name for name in METRICS if any(scores and name in scores.metrics for _, _, scores in stages)]
     rewards = {scores.reward for _, _, scores in stages if scores and scores.reward}
     columns = {"λ": True, "model": False, **{_metric_heading(name, rewards): True for name in found}}
@@ -93,8 +94,10 @@ def _metric_heading(metric: str, rewards: set[str]) -> str:
     return name + ("" if metric == "orm" else " %")
 
 
-def _stages(model: BaseModel, task: str) -> list[tuple[str, TaskScores | None]]:
-    return [("base", model.base_scores.get(task)), ("fine-tuned", model.finetuned_scores.get(task))]
+def stages_of(checkpoint: BaseModel | CheckpointScores, outcomes: Sequence[Outcome]) -> list[tuple[str, str, TaskScores | None]]:
+    """Stage, variant and scores on one task, before fine-tuning and after each way of it; `outcomes` are those of the task."""
+    tuned = [("fine-tuned", outcome.variant, checkpoint.finetuned_scores.get(outcome.name)) for outcome in outcomes]
+    return [("base", "", checkpoint.base_scores.get(outcomes[0].task)), *tuned]
 
 
 def cell_table(cells: Sequence[Cell]) -> Table:
@@ -129,7 +132,7 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-CELL_COLUMNS = (
+_CELL_COLUMNS = (
     "id",
     "kind",
     "status",
@@ -144,7 +147,7 @@ CELL_COLUMNS = (
     "train_loss",
     "point",
 )
-SCORE_COLUMNS = (
+_SCORE_COLUMNS = (
     "group",
     "weight_decay",
     "adamw_timescale",
@@ -160,9 +163,26 @@ SCORE_COLUMNS = (
 )
 
 
+def cell_columns(results: StudyResults) -> tuple[str, ...]:
+    """Columns of `cells.csv`: those of fine-tuning in several ways and from several steps only if the study does so."""
+    return (*_CELL_COLUMNS, *_further_columns(results))
+
+
+def score_columns(results: StudyResults) -> tuple[str, ...]:
+    """Columns of `scores.csv`, likewise; and the test set if a task has several."""
+    several = any(scores.test_sets for model in _models(results) for scores in _all_scores(model))
+    return (*_SCORE_COLUMNS, *_further_columns(results), *(["test_set"] if several else []))
+
+
+def _further_columns(results: StudyResults) -> list[str]:
+    varied = any(cell.variant for cell in results.cells)
+    return [*(["variant"] if varied else []), *(["step"] if results.earlier_steps else [])]
+
+
 def cell_records(results: StudyResults) -> list[dict[str, Any]]:
     """One record per cell, for `cells.csv` and `report.json`."""
-    return [
+    columns = cell_columns(results)
+    records = (
         {
             "id": cell.id,
             "kind": cell.kind,
@@ -176,36 +196,66 @@ def cell_records(results: StudyResults) -> list[dict[str, Any]]:
             "seconds": cell.seconds,
             "held_out_loss": number(cell.results.get("held_out_loss")) if cell.kind == "pretrain" else None,
             "train_loss": number(cell.results.get("train_loss")),
-            "point": "; ".join(f"{path}={value}" for path, value in cell.point.items()),
+            "point": _point_text(cell.point),
+            "variant": _point_text(cell.variant),
+            "step": cell.step,
         }
         for cell in results.cells
-    ]
+    )
+    return [{column: record[column] for column in columns} for record in records]
 
 
 def score_records(results: StudyResults) -> list[dict[str, Any]]:
-    """One record per model, task and metric, for `scores.csv`; shares are fractions of 1."""
+    """One record per model, task and metric, for `scores.csv`; shares are fractions of 1.
+
+    A record without a test set is of the whole task, one without a step of the last checkpoint; repeats are averaged.
+    """
+    columns = score_columns(results)
     return [
-        {
-            "group": group.label,
-            "weight_decay": model.weight_decay,
-            "adamw_timescale": model.pretrain.adamw_timescale,
-            "task": task,
-            "model": stage,
-            "metric": metric,
-            "value": found.value,
-            "low": found.low,
-            "high": found.high,
-            "questions": scores.questions,
-            "chance": scores.chance,
-            "cell": model.pretrain.id,
-        }
+        {column: record[column] for column in columns}
         for group in results.groups
         for model in group.models
-        for task in results.tasks
-        for stage, scores in _stages(model, task)
-        if scores is not None
-        for metric, found in scores.metrics.items()
+        for record in _records_of_model(group.label, model, results.outcomes)
     ]
+
+
+def _records_of_model(group: str, model: BaseModel, outcomes: Sequence[Outcome]) -> Iterator[dict[str, Any]]:
+    for step, checkpoint in (None, model), *model.earlier.items():
+        for task in dict.fromkeys(outcome.task for outcome in outcomes):
+            for stage, variant, scores in stages_of(checkpoint, [outcome for outcome in outcomes if outcome.task == task]):
+                if scores is None:
+                    continue
+                where = {
+                    "group": group,
+                    "weight_decay": model.weight_decay,
+                    "adamw_timescale": model.pretrain.adamw_timescale,
+                    "task": task,
+                    "model": stage,
+                    "chance": scores.chance,
+                    "cell": model.pretrain.id,
+                    "variant": variant,
+                    "step": step,
+                }
+                parts = [("", scores.questions, scores.metrics)]
+                parts += [(part.name, part.questions, part.metrics) for part in scores.test_sets]
+                for test_set, questions, metrics in parts:
+                    for metric, found in metrics.items():
+                        measured = {"metric": metric, "value": found.value, "low": found.low, "high": found.high}
+                        yield {**where, **measured, "questions": questions, "test_set": test_set}
+
+
+def _models(results: StudyResults) -> Iterator[BaseModel]:
+    return (model for group in results.groups for model in group.models)
+
+
+def _all_scores(model: BaseModel) -> Iterator[TaskScores]:
+    for checkpoint in (model, *model.earlier.values()):
+        yield from checkpoint.base_scores.values()
+        yield from checkpoint.finetuned_scores.values()
+
+
+def _point_text(point: Mapping[str, Any]) -> str:
+    return "; ".join(f"{path}={value}" for path, value in point.items())
 
 
 def csv_text(columns: Sequence[str], records: Iterable[Mapping[str, Any]]) -> str:

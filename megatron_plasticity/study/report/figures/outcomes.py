@@ -11,7 +11,8 @@ from scipy.stats import rankdata
 
 from megatron_plasticity.study.report.figures.svg import ACCENT, GRID, INK, MUTED, SURFACE, Palette, panel
 from megatron_plasticity.study.report.figures.weight_decay_axis import WeightDecayAxis
-from megatron_plasticity.study.results import BaseModel, Estimate
+from megatron_plasticity.study.results import BaseModel
+from megatron_plasticity.study.scores import Estimate
 
 _GAP = "\u2002\u2002"  # en spaces: SVG folds ordinary ones
 
@@ -53,22 +54,27 @@ def _side(axis: WeightDecayAxis, weight_decay: float) -> str:
 
 
 def task_figure(
-    task: str, models: Sequence[BaseModel], palette: Palette, axis: WeightDecayAxis, metric: str = "greedy"
+    task: str,
+    base: Mapping[float, Estimate],
+    tuned: Mapping[float, Estimate],
+    questions: int,
+    chance: float | None,
+    palette: Palette,
+    axis: WeightDecayAxis,
+    variants: Sequence[Mapping[float, Estimate]] = (),
 ) -> Figure:
-    """Score of one task in per cent against λ: base model dashed, fine-tuned solid, 95 % intervals, chance dotted."""
+    """Score of one task in per cent against λ: base model dashed, fine-tuned solid, 95 % intervals, chance dotted.
+
+    `variants` are scores by λ after each way of fine-tuning, drawn as thin lines behind their mean.
+    """
     figure, axes = panel(320, 240, left=50, right=46)
-    base = {m.weight_decay: m.base_scores[task].metrics[metric] for m in models if metric in _metrics(m.base_scores, task)}
-    tuned = {
-        m.weight_decay: m.finetuned_scores[task].metrics[metric] for m in models if metric in _metrics(m.finetuned_scores, task)
-    }
+    for scores in variants:
+        axis.line(axes, list(scores), [100 * score.value for score in scores.values()], color=MUTED, linewidth=0.8, alpha=0.35)
     _estimates(axes, axis, base, palette, style="--", filled=False)
     _estimates(axes, axis, tuned, palette, style="-", filled=True)
-    scores = [s for m in models for s in (m.base_scores.get(task), m.finetuned_scores.get(task)) if s]
-    chance = next((s.chance for s in scores if s.chance is not None), None)
     if chance:
         chance_line(axes, chance)
     axes.set_ylim(bottom=min(0.0, axes.get_ylim()[0]) if axes.get_ylim()[0] < 8 else None)
-    questions = max((s.questions for s in scores), default=0)
     axes.set_title(f"{task}  ({questions} questions)")
     axes.set_ylabel("correct, greedy (%)")
     axis.draw(axes, width=255)
@@ -80,10 +86,6 @@ def chance_line(axes: Axes, chance: float) -> None:
     axes.axhline(100 * chance, color=ACCENT, linestyle=":", linewidth=1.2)
     place = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points", "annotation_clip": False}
     axes.annotate("chance", (1, 100 * chance), xytext=(3, 0), ha="left", va="center", color=ACCENT, fontsize=9, **place)
-
-
-def _metrics(scores: Mapping, task: str) -> Mapping[str, Estimate]:
-    return scores[task].metrics if task in scores else {}
 
 
 def _estimates(

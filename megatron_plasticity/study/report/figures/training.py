@@ -1,4 +1,4 @@
-"""Figures of how the base models were trained: one line per λ over the steps."""
+"""Figures over the steps of pretraining, one line per λ: how the base models were trained, and how plastic they were."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 
 from megatron_plasticity.study.report.figures.svg import Palette, panel
 from megatron_plasticity.study.results import Series
+from megatron_plasticity.study.scores import Estimate
 
 _MOST_POINTS = 200
 """Points drawn per line; a longer series is thinned, so that the file stays small."""
@@ -29,6 +30,22 @@ def curve_figure(title: str, unit: str, curves: Mapping[float, Series], palette:
     axes.set_ylabel(unit)
     axes.set_xlabel("step")
     axes.locator_params(axis="x", nbins=5)
+    return figure
+
+
+def plasticity_figure(title: str, unit: str, lines: Mapping[float, Mapping[int, Estimate]], palette: Palette) -> Figure:
+    """Scores or gains in per cent after fine-tuning from some steps of pretraining, with 95 % intervals; λ → step → estimate."""
+    figure, axes = panel(420, 290)
+    for decay, estimates in lines.items():
+        axes.plot(list(estimates), [100 * found.value for found in estimates.values()], "o-", color=palette[decay], markersize=5)
+        for step, found in estimates.items():
+            if found.low is not None and found.high is not None:
+                axes.plot([step, step], [100 * found.low, 100 * found.high], color=palette[decay], linewidth=0.9, alpha=0.7)
+    axes.set_title(title)
+    axes.set_ylabel(unit)
+    axes.set_xlabel("pretraining step")
+    axes.set_xlim(left=0)
+    axes.locator_params(axis="x", nbins=6)
     return figure
 
 

@@ -1,0 +1,220 @@
+"""Whether a study can work: everything that is wrong with it is found before anything runs, and told at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import Any
+
+from megatron_plasticity.config.deepspeed import accumulation_steps
+from megatron_plasticity.config.hashing import canonical
+from megatron_plasticity.config.interchange import ImportedBase
+from megatron_plasticity.config.model import ModelConfig
+from megatron_plasticity.config.study import StudyConfig
+from megatron_plasticity.config.support import check_supported
+from megatron_plasticity.config.training import FinetuneRecipe, PretrainConfig
+from megatron_plasticity.errors import ConfigError, UserError
+from megatron_plasticity.evaluation.tasks.catalogue import shipped_tasks
+from megatron_plasticity.evaluation.tasks.registry import get_task
+from megatron_plasticity.study.grid import base_name, points, variant_name
+from megatron_plasticity.study.recipes import finetune_recipe, pretrain_config, variants
+
+
+def check_study(config: StudyConfig, *, tasks_needed: bool = True) -> list[PretrainConfig]:
+    """The pretraining configs of the grid, in its order; none for a study of imported bases.
+
+    Raises ConfigError with the problems of all of them. Without `tasks_needed`, shipped tasks need not be there yet: a study
+    can be planned before its tasks are prepared.
+    """
+    problems = list(_problems_of_bases(config)) if config.bases else []
+    if config.tasks and (config.finetune is None or config.evaluate is None):
+        problems.append("tasks are named, so `finetune` and `evaluate` must be there as well")
+    if len({task.name for task in config.tasks}) != len(config.tasks):
+        problems.append("tasks: a task is named twice")
+    for axis in config.axes:
+        if axis == "data" or axis.startswith(("data.folder", "data.blend")):
+            problems.append(
+                f"axes: {axis}: a study is of one text, since its hash is in the name of every run; make a study of each"
+            )
+    problems += _problems_of_finetuning(config)
+    problems += task_problems(config) if tasks_needed else _problems_of_unknown_tasks(config)
+    grid = [] if config.bases else points(config.axes)
+    bases: list[PretrainConfig] = []
+    problems += _problems_of(partial(_check_base, config, point, bases) for point in grid)
+    _refuse(config, problems)
+    return _named(bases, grid)
+
+
+def task_problems(config: StudyConfig) -> list[str]:
+    """Why tasks cannot be read: they are unknown, or not prepared."""
+    return _problems_of(partial(get_task, task) for task in config.tasks)
+
+
+def _problems_of_unknown_tasks(config: StudyConfig) -> list[str]:
+    return _problems_of(partial(get_task, task) for task in config.tasks if task.name not in shipped_tasks())
+
+
+def check_sources(config: StudyConfig, models: Mapping[str, ModelConfig]) -> None:
+    """Whether the study's fine-tuning works with the architectures of its imported bases, by name, and whether these are the same
+    within a group. Raises ConfigError if not."""
+    problems: list[str] = []
+    for first, other in _pairs_of_groups(config):
+        one, two = models[first.name].model_dump(), models[other.name].model_dump()
+        if differing := [key for key in one if one[key] != two[key]]:
+            problems.append(f"bases: {_both(first, other)} differ in {', '.join(differing)}; give one of them another `group`")
+    for base in config.bases:
+        model = models[base.name]
+        for recipe in _recipes(config, base.finetune):
+            problems += _problems_of([partial(check_supported, recipe, model, f"finetune of {base.name}")])
+            if recipe.max_length > model.context_length:
+                problems.append(
+                    f"finetune.max_length={recipe.max_length} exceeds the context length of {base.name}, {model.context_length}"
+                )
+    _refuse(config, problems)
+
+
+def _refuse(config: StudyConfig, problems: Iterable[str]) -> None:
+    # The points of a grid share their base, so that one mistake in it is found at each of them.
+    if different := list(dict.fromkeys(problems)):
+        raise ConfigError(f"study {config.name}:\n" + "\n".join(f"  {problem}" for problem in different))
+
+
+def _problems_of(checks: Iterable[Callable[[], Any]]) -> list[str]:
+    """What the checks raise, without the headings that say where in the grid it was found."""
+    problems: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            heading, *rest = str(error).splitlines()
+            problems += [line.strip() for line in rest] or [heading]
+    return problems
+
+
+def _check_base(config: StudyConfig, point: Mapping[str, Any], bases: list[PretrainConfig]) -> None:
+    """Append one point's pretraining config, not named yet. Raises ConfigError if it, or what follows from it, cannot work."""
+    base = pretrain_config(config, point)
+    accumulation_steps(base.batch, base.parallel.data_parallel_size(config.resources.processes_per_run))
+    problems = list(_problems_of_steps(config, base))
+    for recipe in _recipes(config):
+        problems += _problems_of([partial(check_supported, recipe, base.model, "finetune")])
+        if recipe.max_length > base.model.context_length:
+            problems.append(
+                f"finetune.max_length={recipe.max_length} exceeds base.model.context_length={base.model.context_length}"
+            )
+    if problems:
+        raise ConfigError("\n".join(["base", *problems]))
+    bases.append(base)
+
+
+def _problems_of_steps(config: StudyConfig, base: PretrainConfig) -> Iterator[str]:
+    every = base.checkpoint.every_steps
+    for step in config.finetune_steps:
+        if every is None:
+            yield f"finetune_steps: {step}: the base run writes one checkpoint, its last; state base.checkpoint.every_steps"
+        elif step % every or step >= base.total_steps:
+            yield (
+                f"finetune_steps: {step}: the base run writes checkpoints every {every} steps, and the last of its "
+                f"{base.total_steps} is fine-tuned anyway"
+            )
+
+
+def _problems_of_finetuning(config: StudyConfig) -> Iterator[str]:
+    """Problems of the ways to fine-tune, whatever the base."""
+    if config.finetune is None:
+        return
+    yield from _problems_of(partial(_check_recipe, config, {}, variant) for variant in variants(config))
+    names = [variant_name(variant) for variant in variants(config)]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        yield f"finetune_axes: two points of the grid are the same: {', '.join(twice)}"
+
+
+def _check_recipe(config: StudyConfig, changes: Mapping[str, Any], variant: Mapping[str, Any]) -> None:
+    recipe = finetune_recipe(config, changes, variant)
+    accumulation_steps(recipe.batch, recipe.parallel.data_parallel_size(config.resources.processes_per_run))
+    if config.evaluate and config.evaluate.template != recipe.template:
+        raise ConfigError(
+            "evaluate.template differs from finetune.template: the models would be asked in a form they were not taught"
+        )
+
+
+def _recipes(config: StudyConfig, changes: Mapping[str, Any] | None = None) -> Iterator[FinetuneRecipe]:
+    """Every way to fine-tune a base that is valid; what is not is named elsewhere."""
+    if config.finetune is None:
+        return
+    for variant in variants(config):
+        try:
+            yield finetune_recipe(config, changes, variant)
+        except UserError:
+            continue
+
+
+def _problems_of_bases(config: StudyConfig) -> Iterator[str]:
+    names = [base.name for base in config.bases]
+    yield from (f"bases: {name} is named twice" for name in sorted({name for name in names if names.count(name) > 1}))
+    for base in config.bases:
+        if base.weight_decay is None:
+            yield f"bases: {base.name} needs `weight_decay`, the λ that it was pretrained with, to stand on the axis of the study"
+        if base.finetune and config.finetune is None:
+            yield f"bases: {base.name} changes `finetune`, which the study does not have"
+        elif base.finetune:
+            yield from _problems_of(partial(_check_recipe, config, base.finetune, variant) for variant in variants(config))
+            yield from (
+                f"bases: {base.name} changes finetune.{axis}, which is one of `finetune_axes`; leave it out of one of the two"
+                for axis in config.finetune_axes
+                if _holds(base.finetune, axis)
+            )
+    yield from _differing_recipes(config)
+    places = [(base.group, base.weight_decay) for base in config.bases if base.weight_decay is not None]
+    for group, weight_decay in sorted({place for place in places if places.count(place) > 1}):
+        yield f"bases: two models of group {group!r} have λ = {weight_decay:g}; give what differs otherwise another `group`"
+    if config.analyses.overfitting:
+        yield "analyses.overfitting: the gap is over the data of pretraining, which is not known of imported models; leave it out"
+    if config.analyses.attention and config.analyses.attention.map_sequences:
+        yield (
+            "analyses.attention.map_sequences: maps are of held-out sequences of pretraining, which are not known of imported "
+            "models; set it to 0, and the spectra remain"
+        )
+
+
+def _holds(tree: Mapping[str, Any], path: str) -> bool:
+    """Whether a plain tree says something about a config path."""
+    node: Any = tree
+    for key in path.split("."):
+        if not isinstance(node, Mapping) or key not in node:
+            return False
+        node = node[key]
+    return True
+
+
+def _differing_recipes(config: StudyConfig) -> Iterator[str]:
+    """Models of a group are compared for λ only, so what fine-tuning does to them must be the same."""
+    for first, other in _pairs_of_groups(config):
+        try:
+            recipes = [canonical(finetune_recipe(config, base.finetune)) for base in (first, other)] if config.finetune else []
+        except UserError:
+            continue  # named already
+        if recipes and recipes[0] != recipes[1]:
+            yield f"bases: {_both(first, other)} differ in `finetune`; give one of them another `group`"
+
+
+def _pairs_of_groups(config: StudyConfig) -> Iterator[tuple[ImportedBase, ImportedBase]]:
+    """Each group's first base with each of its others."""
+    first: dict[str, ImportedBase] = {}
+    for base in config.bases:
+        if (known := first.setdefault(base.group, base)) is not base:
+            yield known, base
+
+
+def _both(first: ImportedBase, other: ImportedBase) -> str:
+    return f"{first.name} and {other.name} of group {first.group!r} are compared for λ only, but"
+
+
+def _named(bases: list[PretrainConfig], grid: list[dict[str, Any]]) -> list[PretrainConfig]:
+    """The configs with a name each, in as few digits as tell them apart."""
+    for digits in (3, 6, 17):
+        names = [base_name(base.weight_decay, point, digits) for base, point in zip(bases, grid, strict=True)]
+        if len(set(names)) == len(names):
+            return [base.model_copy(update={"name": name}) for base, name in zip(bases, names, strict=True)]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    raise ConfigError(f"axes: two points of the grid are the same: {', '.join(twice)}")
