@@ -78,8 +78,8 @@ def check_rows(name: str, labels: Tensor, classes: Sequence[str], recipe: Probes
     if len(present) < len(classes):
         missing = ", ".join(repr(label) for index, label in enumerate(classes) if index not in present)
         raise UserError(
-            f"data set {name!r}, seed {seed}: not enough rows for a split: of {len(labels)} training texts {held_out} are held out "
-            f"to choose C, and none of the others is of class {missing}; raise `train_texts`"
+            f"data set {name!r}, seed {seed}: not enough rows for a split: of {len(labels)} training texts {held_out} are held "
+            f"out to choose C, and none of the others is of class {missing}; raise `train_texts`"
         )
 
 

@@ -144,21 +144,27 @@ def check_identity(folder: Path, manifest: Manifest, identity: Mapping[str, Any]
 
 
 def append_shard(folder: Path, shard: Shard) -> None:
-    append_row(folder, {"event": "shard", **asdict(shard)})
+    append_row(folder, {"event": "shard", **asdict(shard)}, wait=False)
 
 
 def append_statistics(folder: Path, file: StatisticsFile) -> None:
-    append_row(folder, {"event": "statistics", **asdict(file)})
+    append_row(folder, {"event": "statistics", **asdict(file)}, wait=False)
 
 
-def append_row(folder: Path, row: Mapping[str, Any]) -> None:
-    """Append one row and wait until it is on disk."""
+def append_complete(folder: Path, step: int, take: int) -> None:
+    """The take of this step is the one in force; all its files must be on disk."""
+    append_row(folder, {"event": "complete", "step": step, "take": take})
+
+
+def append_row(folder: Path, row: Mapping[str, Any], wait: bool = True) -> None:
+    """Append one row, and `wait` until it and all before it are on disk. A file's need not: only with its take does it count."""
     path = folder / MANIFEST_FILE
     is_new = not path.exists()
     with path.open("a", encoding="utf-8") as file:
         file.write(json.dumps(row, allow_nan=False) + "\n")
         file.flush()
-        os.fsync(file.fileno())
+        if wait:
+            os.fsync(file.fileno())
     if is_new:
         fsync_folder(folder)
 

@@ -13,13 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from megatron_plasticity.capture.shards import write_tensors
+from megatron_plasticity.config.files import fsync_folder
 from megatron_plasticity.errors import UserError
 
-PROBE_SET_FILE = "probe_set.safetensors"
+SEQUENCES_FILE = "sequences.safetensors"
 
 
 @dataclass(frozen=True)
-class ProbeSet:
+class CapturedSequences:
     """N sequences, the shorter ones padded on the right, which causal attention cannot see."""
 
     tokens: Tensor
@@ -30,10 +31,10 @@ class ProbeSet:
     """[N, K] int64: which positions are kept, in ascending order, and −1 where a sequence has fewer than others."""
 
     @classmethod
-    def of(cls, sequences: Sequence[Sequence[int]], kept: Sequence[range]) -> ProbeSet:
+    def of(cls, sequences: Sequence[Sequence[int]], kept: Sequence[range]) -> CapturedSequences:
         """From token ids, and the positions that are kept of each. ValueError if a sequence has no tokens or keeps nothing."""
         if not sequences or not all(map(len, sequences)) or not all(map(len, kept)):
-            raise ValueError("a probe set needs sequences, each with tokens and with positions to keep")
+            raise ValueError("expected sequences, each with tokens and with positions to keep")
         tokens = torch.zeros(len(sequences), max(map(len, sequences)), dtype=torch.int64)
         positions = torch.full((len(sequences), max(map(len, kept))), -1, dtype=torch.int64)
         for row, (ids, places) in enumerate(zip(sequences, kept, strict=True)):
@@ -50,7 +51,7 @@ class ProbeSet:
 
     @property
     def sha256(self) -> str:
-        """Of the tokens and positions: two probe sets are the same if and only if theirs is."""
+        """Of the tokens and positions: two sets of sequences are the same if and only if theirs is."""
         digest = hashlib.sha256()
         for tensor in (self.tokens, self.lengths, self.positions):
             digest.update(f"{tuple(tensor.shape)}".encode())
@@ -58,20 +59,21 @@ class ProbeSet:
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write it into a folder of activations, or find it there. UserError if that holds activations of other sequences."""
-        path = folder / PROBE_SET_FILE
+        """Write them into a folder of activations, or find them there. UserError if it holds activations of other sequences."""
+        path = folder / SEQUENCES_FILE
         if not path.is_file():
             tensors = {"tokens": self.tokens, "lengths": self.lengths, "positions": self.positions}
             write_tensors(path, {name: [tensor] for name, tensor in tensors.items()}, {})
-        elif ProbeSet.load(folder).sha256 != self.sha256:
+            fsync_folder(folder)
+        elif CapturedSequences.load(folder).sha256 != self.sha256:
             raise UserError(
                 f"{folder}: holds activations of other sequences or positions; choose another folder, or move it away"
             )
 
     @classmethod
-    def load(cls, folder: Path) -> ProbeSet:
-        """The probe set of a folder of activations. UserError if it is missing or damaged."""
-        path = folder / PROBE_SET_FILE
+    def load(cls, folder: Path) -> CapturedSequences:
+        """The sequences of a folder of activations. UserError if their file is missing or damaged."""
+        path = folder / SEQUENCES_FILE
         try:
             tensors = load_file(path)
             return cls(tensors["tokens"], tensors["lengths"], tensors["positions"])

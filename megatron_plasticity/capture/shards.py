@@ -18,8 +18,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_plasticity.config.files import fsync_folder
-
 _FORMATS = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -31,9 +29,10 @@ _ALIGNMENT = 8  # of the first tensor; readers map the file into memory
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Sequence[Tensor]], metadata: Mapping[str, str]) -> None:
-    """Write each tensor, given as pieces that follow one another along the first axis, under a temporary name; then rename.
+    """Write each tensor, given as pieces that follow one another along the first axis, under a temporary name; sync and rename.
 
-    Once this returns the file is on disk, and before there is none of this name. On any error nothing is left.
+    A file of this name is therefore whole. That it is there survives a power cut once its folder is synced, which is left to the
+    caller, who may have more files for it. On any error nothing is left.
     """
     header: dict[str, Any] = {"__metadata__": dict(metadata)}
     end = 0
@@ -58,4 +57,3 @@ def write_tensors(path: Path, tensors: Mapping[str, Sequence[Tensor]], metadata:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)

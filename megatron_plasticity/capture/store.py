@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from megatron_plasticity.capture.manifest import MANIFEST_FILE, Shard, check_identity, identity_digest, read_manifest
-from megatron_plasticity.capture.sequences import ProbeSet
+from megatron_plasticity.capture.sequences import CapturedSequences
 from megatron_plasticity.capture.statistics import PointStatistics, from_tensors
 from megatron_plasticity.capture.writer import TENSOR
 from megatron_plasticity.errors import UserError
@@ -48,9 +48,9 @@ class ActivationStore:
         return sorted(self._manifest.complete)
 
     @property
-    def probe_set(self) -> ProbeSet:
+    def sequences(self) -> CapturedSequences:
         """The sequences that the activations are of, and which positions were kept. Raises UserError."""
-        return ProbeSet.load(self.folder)
+        return CapturedSequences.load(self.folder)
 
     def points(self, step: int) -> list[str]:
         """Names of which the dump of a step holds states."""

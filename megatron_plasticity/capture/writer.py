@@ -3,7 +3,7 @@
 A folder holds the dumps of one model at several steps::
 
     manifest.jsonl
-    probe_set.safetensors
+    sequences.safetensors
     step-200/take-1/layers.0.resid_post-00000.safetensors
     step-200/take-1/layers.0.resid_post-statistics.safetensors
 
@@ -30,13 +30,14 @@ from torch import Tensor
 from megatron_plasticity.capture.manifest import (
     Shard,
     StatisticsFile,
-    append_row,
+    append_complete,
     append_shard,
     append_statistics,
     begin_manifest,
     identity_digest,
 )
 from megatron_plasticity.capture.shards import write_tensors
+from megatron_plasticity.config.files import fsync_folder
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.tracking.disk import explain_disk_errors
 
@@ -230,7 +231,10 @@ class ActivationWriter:
         else:
             for point in list(dump.gathered):
                 self._write(dump, point)
-            append_row(self.folder, {"event": "complete", "step": dump.step, "take": dump.take})
+            take = dump.folder(self.folder)
+            for folder in (take, take.parent, self.folder):  # the names of the files, and of the folders themselves
+                fsync_folder(folder)
+            append_complete(self.folder, dump.step, dump.take)
             _remove_other_takes(self.folder, dump.step, dump.take)
         with self._changed:
             self._unfinished_dumps -= 1

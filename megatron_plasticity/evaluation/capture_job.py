@@ -10,7 +10,7 @@ from torch import Tensor
 
 from megatron_plasticity.capture.dump import check_recipe, memory_bytes, recorder_of, write_dump
 from megatron_plasticity.capture.manifest import ACTIVATIONS_FOLDER, model_identity
-from megatron_plasticity.capture.sequences import ProbeSet
+from megatron_plasticity.capture.sequences import CapturedSequences
 from megatron_plasticity.capture.store import ActivationStore
 from megatron_plasticity.capture.writer import ActivationWriter
 from megatron_plasticity.config.analysis import ModelCaptureConfig
@@ -18,7 +18,7 @@ from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig
 from megatron_plasticity.data.blocks import BlockReader
 from megatron_plasticity.data.prepare import HELD_OUT
 from megatron_plasticity.data.token_store import TokenStore
-from megatron_plasticity.evaluation.probe_set import choose_probe_set, probe_inputs
+from megatron_plasticity.evaluation.capture_sequences import choose_sequences, sequence_inputs
 from megatron_plasticity.parallel.grid import resolve_device
 from megatron_plasticity.tracking.progress import Progress
 from megatron_plasticity.tracking.run_folder import RunFolder
@@ -31,43 +31,43 @@ def capture(config: ModelCaptureConfig, progress: Progress) -> RunFolder:
 
     def work(trained: TrainedModel, folder: RunFolder, show: Progress) -> Mapping[str, Any]:
         check_recipe(config, trained.checkpoint.model)
-        probe_set = _probe_set(config, trained)
+        sequences = _sequences(config, trained)
         model = trained.checkpoint.build_model(device)
         recorder = recorder_of(config, model.bfloat16() if config.precision == "bf16" else model)
         target, step = folder.path / ACTIVATIONS_FOLDER, trained.checkpoint.step
 
         def batches() -> Iterator[tuple[dict[str, Tensor], Tensor]]:
             done = 0
-            for tokens, kept in probe_set.batches(config.batch_size):
+            for tokens, kept in sequences.batches(config.batch_size):
                 yield recorder.record(tokens.to(device), kept=kept), kept
                 done += len(tokens)
-                show.update(done, len(probe_set), "sequences")
+                show.update(done, len(sequences), "sequences")
 
         groups = trained.checkpoint.trainer.get("decay_groups", {})  # an imported model has none
         identity = model_identity(trained.run.hash, trained.checkpoint.model, groups.get("weight_decay"))
         with ActivationWriter(target, identity, memory_bytes=memory_bytes(config)) as writer:
-            probe_set.save(target)
+            sequences.save(target)
             with torch.no_grad():
                 write_dump(writer, step, config, batches())
         store = ActivationStore(target)
         return {
             "step": step,
-            "sequences": len(probe_set),
-            "positions": int((probe_set.positions >= 0).sum()),
-            "probe_set_sha256": probe_set.sha256,
+            "sequences": len(sequences),
+            "positions": int((sequences.positions >= 0).sum()),
+            "sequences_sha256": sequences.sha256,
             "shapes": {point: list(store.array(step, point).shape) for point in store.points(step)},
             "statistics": store.points_with_statistics(step),
             "bytes": sum(file.stat().st_size for file in target.rglob("*") if file.is_file()),
         }
 
-    return run_on_model("capture", config, work, progress, probe_inputs(config))
+    return run_on_model("capture", config, work, progress, sequence_inputs(config))
 
 
-def _probe_set(config: ModelCaptureConfig, trained: TrainedModel) -> ProbeSet:
+def _sequences(config: ModelCaptureConfig, trained: TrainedModel) -> CapturedSequences:
     run, tokenizer, length = trained.run.config, trained.tokenizer(), trained.checkpoint.model.context_length
     if isinstance(run, FinetuneConfig):
-        return choose_probe_set(config, tokenizer, length, task=run.task, template=run.template)
+        return choose_sequences(config, tokenizer, length, task=run.task, template=run.template)
     held_out = None
     if isinstance(run, PretrainConfig) and config.texts is None and config.task is None:
         held_out = BlockReader(TokenStore(run.data.folder / HELD_OUT), run.model.context_length)
-    return choose_probe_set(config, tokenizer, length, held_out)
+    return choose_sequences(config, tokenizer, length, held_out)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from megatron_plasticity.capture.dump import memory_bytes, recorder_of, write_dump
 from megatron_plasticity.capture.manifest import ACTIVATIONS_FOLDER, model_identity
 from megatron_plasticity.capture.recorder import Recorder
-from megatron_plasticity.capture.sequences import ProbeSet
+from megatron_plasticity.capture.sequences import CapturedSequences
 from megatron_plasticity.capture.writer import ActivationWriter
 from megatron_plasticity.config.analysis import CaptureConfig
 from megatron_plasticity.data.micro_batch import MicroBatch
@@ -53,28 +53,28 @@ def record_activations(
 
 
 class Capture(Callback):
-    """Dumps activations on a fixed probe set at the scheduled steps into `folder`. Use it in a `with` block, which ends when all
+    """Dumps activations on fixed sequences at the scheduled steps into `folder`. Use it in a `with` block, which ends when all
     is on disk; until then training goes on while a thread writes."""
 
     def __init__(
         self,
         engine: TrainingEngine,
         config: CaptureConfig,
-        probe_set: ProbeSet,
+        sequences: CapturedSequences,
         total_steps: int,
         folder: Path,
         identity: Mapping[str, Any],
     ) -> None:
         """Raises UserError for a hook point that does not exist, a step after the last, covariances that exceed the memory bound,
         or a folder that holds activations of another model or of other sequences."""
-        self._engine, self._config, self._probe_set = engine, config, probe_set
+        self._engine, self._config, self._sequences = engine, config, sequences
         self._steps = config.schedule(total_steps)
         self._recorder = recorder_of(config, engine.model)
         self._writer: ActivationWriter | None = None
         if engine.grid.is_main:
             self._writer = ActivationWriter(folder, identity, memory_bytes=memory_bytes(config))
             try:
-                probe_set.save(folder)
+                sequences.save(folder)
             except BaseException:
                 self._writer.close()
                 raise
@@ -105,13 +105,13 @@ class Capture(Callback):
             write_dump(self._writer, step, self._config, self._recorded())
 
     def _recorded(self) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        for tokens, kept in self._probe_set.batches(self._engine.recipe.batch.micro_batch_size):
+        for tokens, kept in self._sequences.batches(self._engine.recipe.batch.micro_batch_size):
             yield record_activations(self._engine, self._recorder, tokens, kept), kept
 
 
 @contextlib.contextmanager
 def capturing(
-    session: TrainingSession, config: CaptureConfig | None, make_probe_set: Callable[[CaptureConfig], ProbeSet]
+    session: TrainingSession, config: CaptureConfig | None, make_sequences: Callable[[CaptureConfig], CapturedSequences]
 ) -> Iterator[list[Callback]]:
     """The callback that dumps what `config` says into the run folder, for a run inside the block; none without a config.
 
@@ -122,5 +122,5 @@ def capturing(
         return
     identity = model_identity(session.folder.hash, session.engine.model.config, session.engine.groups.weight_decay)
     folder = session.folder.path / ACTIVATIONS_FOLDER
-    with Capture(session.engine, config, make_probe_set(config), session.batches.steps, folder, identity) as capture:
+    with Capture(session.engine, config, make_sequences(config), session.batches.steps, folder, identity) as capture:
         yield [capture]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 
-from megatron_plasticity.capture.sequences import ProbeSet
+from megatron_plasticity.capture.sequences import CapturedSequences
 from megatron_plasticity.config.analysis import CaptureConfig
 from megatron_plasticity.config.hashing import canonical
 from megatron_plasticity.config.support import check_supported
@@ -14,7 +14,7 @@ from megatron_plasticity.data.prepare import TOKENIZER_FILE
 from megatron_plasticity.data.sft import EncodedExample, encode_examples
 from megatron_plasticity.data.tokenizer import Tokenizer
 from megatron_plasticity.errors import ConfigError, UserError
-from megatron_plasticity.evaluation.probe_set import choose_probe_set
+from megatron_plasticity.evaluation.capture_sequences import choose_sequences
 from megatron_plasticity.evaluation.tasks.prepared import overlap_warning
 from megatron_plasticity.evaluation.tasks.registry import get_task
 from megatron_plasticity.models.lora import Adapters
@@ -87,11 +87,11 @@ def _finetune(config: FinetuneConfig, base: TrainedModel, folder: RunFolder, gri
             shutil.copyfile(base.tokenizer_path, folder.path / TOKENIZER_FILE)
         show = Both(progress, FolderProgress(folder)) if grid.is_main else NoProgress()
 
-        def probes(capture: CaptureConfig) -> ProbeSet:
+        def sequences(capture: CaptureConfig) -> CapturedSequences:
             length = base.checkpoint.model.context_length
-            return choose_probe_set(capture, tokenizer, length, task=config.task, template=config.template)
+            return choose_sequences(capture, tokenizer, length, task=config.task, template=config.template)
 
-        with capturing(session, config.capture, probes) as captures:
+        with capturing(session, config.capture, sequences) as captures:
             session.run(captures, show, config.max_length)
         if grid.is_main:
             counts = {"examples": len(examples), "examples_without_response": without_response}

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_plasticity.capture.sequences import ProbeSet
+from megatron_plasticity.capture.sequences import CapturedSequences
 from megatron_plasticity.config.analysis import CaptureConfig
 from megatron_plasticity.config.training import PretrainConfig
 from megatron_plasticity.data.blocks import BlockReader
@@ -16,7 +16,7 @@ from megatron_plasticity.data.prepare import TOKENIZER_FILE
 from megatron_plasticity.data.stream import corpus_hash, ledger_of, sample_order, training_blocks
 from megatron_plasticity.data.token_store import TokenStore
 from megatron_plasticity.data.tokenizer import Tokenizer, check_tokenizer_fits
-from megatron_plasticity.evaluation.probe_set import choose_probe_set
+from megatron_plasticity.evaluation.capture_sequences import choose_sequences
 from megatron_plasticity.models.initialisation import initialise
 from megatron_plasticity.models.sizes import parameter_count
 from megatron_plasticity.models.transformer import local_model
@@ -81,15 +81,15 @@ def _pretrain(config: PretrainConfig, folder: RunFolder, grid: ProcessGrid, prog
 
         evaluation = LossEvaluation(evaluate, config.total_steps, config.evaluate_every_steps, session.write_row, grid.is_main)
 
-        def probes(capture: CaptureConfig) -> ProbeSet:
-            return choose_probe_set(capture, tokenizer, config.model.context_length, held_out=held_out_reader)
+        def sequences(capture: CaptureConfig) -> CapturedSequences:
+            return choose_sequences(capture, tokenizer, config.model.context_length, held_out=held_out_reader)
 
         if grid.is_main:
             print(session.engine.layout)
             print(session.engine.groups.table(session.engine.shapes), flush=True)
             shutil.copyfile(corpus / TOKENIZER_FILE, folder.path / TOKENIZER_FILE)
         show = Both(progress, FolderProgress(folder)) if grid.is_main else NoProgress()
-        with capturing(session, config.capture, probes) as captures:
+        with capturing(session, config.capture, sequences) as captures:
             session.run([evaluation, *captures], show, config.model.context_length)
 
         losses = evaluation.last or evaluate(config.total_steps)  # empty if only the results were missing

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_plasticity.capture.dump import recorder_of, write_dump
-from megatron_plasticity.capture.sequences import ProbeSet
+from megatron_plasticity.capture.sequences import CapturedSequences
 from megatron_plasticity.capture.store import ActivationStore
 from megatron_plasticity.capture.writer import ActivationWriter
 from megatron_plasticity.config.analysis import ActivationsRecipe
@@ -16,14 +16,14 @@ from megatron_plasticity.errors import UserError
 from megatron_plasticity.models.transformer import Transformer
 
 POINTS = ("layers.0.resid_post", "layers.1.attn.q", "logits")
-PROBE_SET = ProbeSet.of([[1, 2, 3, 4, 5], [6, 7], [8, 9, 10, 11]], [range(2, 5), range(1), range(1, 3)])
+SEQUENCES = CapturedSequences.of([[1, 2, 3, 4, 5], [6, 7], [8, 9, 10, 11]], [range(2, 5), range(1), range(1, 3)])
 
 
 def dump(folder: Path, model: Transformer, recipe: ActivationsRecipe) -> ActivationStore:
     recorder = recorder_of(recipe, model)
 
     def batches() -> Iterator[tuple[dict[str, Tensor], Tensor]]:
-        for tokens, kept in PROBE_SET.batches(2):
+        for tokens, kept in SEQUENCES.batches(2):
             yield recorder.record(tokens, kept=kept), kept
 
     with ActivationWriter(folder, {"run": "a"}) as writer:
@@ -35,7 +35,7 @@ def test_states_are_those_of_each_sequence_alone(tmp_path: Path, model: Transfor
     store = dump(tmp_path, model, ActivationsRecipe(points=POINTS, positions="all"))
     recorder = recorder_of(ActivationsRecipe(points=POINTS, positions="all"), model)
     for row, (length, kept) in enumerate(((5, range(2, 5)), (2, range(1)), (4, range(1, 3)))):
-        alone = recorder.record(PROBE_SET.tokens[row : row + 1, :length])
+        alone = recorder.record(SEQUENCES.tokens[row : row + 1, :length])
         for name in recorder.names:
             axis = 1 if name.endswith("attn.q") else 0
             stored = store.read(3, name)[row].movedim(axis, 0)
@@ -45,7 +45,9 @@ def test_states_are_those_of_each_sequence_alone(tmp_path: Path, model: Transfor
 
 @pytest.mark.parametrize("positions", ["all", "last"])
 def test_statistics_are_those_of_the_states(tmp_path: Path, model: Transformer, positions: str) -> None:
-    probes = PROBE_SET if positions == "all" else ProbeSet.of([[1, 2], [3], [4, 5]], [range(1, 2), range(1), range(1, 2)])
+    probes = (
+        SEQUENCES if positions == "all" else CapturedSequences.of([[1, 2], [3], [4, 5]], [range(1, 2), range(1), range(1, 2)])
+    )
     recipe = ActivationsRecipe(points=POINTS, positions=positions, keep="both", dtype="bfloat16")  # type: ignore[arg-type]
     recorder = recorder_of(recipe, model)
     recorded = [(recorder.record(tokens, kept=kept), kept) for tokens, kept in probes.batches(2)]

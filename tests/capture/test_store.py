@@ -287,6 +287,16 @@ def test_a_shard_of_another_model_or_step_is_noticed(tmp_path: Path) -> None:
         ActivationStore(tmp_path / "mine").read(1, "embed")
 
 
+def test_a_shard_of_another_shape_or_format_is_noticed(tmp_path: Path) -> None:
+    for name, values in (("float", torch.zeros(4, 3)), ("half", torch.zeros(4, 3).half()), ("wide", torch.zeros(4, 5))):
+        write(tmp_path / name, 1, {"embed": values})
+    shard = "step-1/take-1/embed-00000.safetensors"
+    for name, found in (("half", r"\(4, 3\) torch.float16"), ("wide", r"\(4, 5\) torch.float32")):
+        (tmp_path / "float" / shard).write_bytes((tmp_path / name / shard).read_bytes())
+        with pytest.raises(UserError, match=rf"holds {found}, the manifest says \(4, 3\) float32; record step 1 again"):
+            ActivationStore(tmp_path / "float").read(1, "embed")
+
+
 def test_missing_things_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"holds no activations"):
         ActivationStore(tmp_path / "nowhere")

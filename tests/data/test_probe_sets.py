@@ -19,7 +19,7 @@ from megatron_plasticity.errors import ConfigError, UserError
 
 
 def described(folder: Path, **changes: Any) -> ProbeSet:
-    """A set in the form of GLUE: tab-separated, with a line of names. Twelve training texts, one of them twice; four test texts."""
+    """A set in the form of GLUE: tab-separated, with a line of names. Twelve training texts, one of them twice; four to ask."""
     folder.mkdir(exist_ok=True)
     train, test = folder / "train.tsv", folder / "dev.tsv"
     if not train.exists():
@@ -226,7 +226,7 @@ def test_a_hub_out_of_reach(monkeypatch: pytest.MonkeyPatch) -> None:
         ({"datasets": ["topic", "topic"]}, "datasets: names a value twice"),
         ({"seeds": []}, "seeds: expected at least one value"),
         ({"regularisation": [0.0, 1.0]}, "regularisation: C is an inverse strength and has to be greater than zero"),
-        ({"own_datasets": [{"name": "a", "hub": "x/y", "labels": [0, 1]}]}, "own_datasets: 'a' is not used; name it in `datasets`"),
+        ({"own_datasets": [{"name": "a", "hub": "x/y", "labels": [0, 1]}]}, "'a' is not used; name it in `datasets` as well"),
         ({"own_datasets": [{"name": "topic", "hub": "x/y", "labels": [0, 1]}]}, "'topic' is the name of a procedural set"),
         ({"own_datasets": [{"name": "a", "hub": "x/y", "labels": [0, 1], "lable": "b"}]}, "unknown key; did you mean 'label'?"),
         ({"own_datasets": [{"name": "a", "labels": [0, 1]}]}, "'a' takes either `hub`, or `train_files` and `test_files`"),

@@ -12,16 +12,19 @@ import torch
 
 from megatron_plasticity.capture.store import ActivationStore
 from megatron_plasticity.config.analysis import ModelCaptureConfig, model_capture_config
+from megatron_plasticity.config.interchange import ImportConfig
 from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig
 from megatron_plasticity.data.tokenizer import Tokenizer
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.evaluation.capture_job import capture
 from megatron_plasticity.interchange.exporting import export_model
+from megatron_plasticity.interchange.importing import import_model
 from megatron_plasticity.tracking.progress import NoProgress
 from megatron_plasticity.tracking.run_folder import RunFolder
 from megatron_plasticity.training.finetune import finetune
 from megatron_plasticity.training.pretrain import pretrain
 from tests.commands import Run
+from tests.interchange.folders import write_model
 
 MakePretrain = Callable[..., PretrainConfig]
 MakeFinetune = Callable[..., FinetuneConfig]
@@ -54,7 +57,7 @@ def test_what_is_recorded_of_a_checkpoint_is_what_the_run_recorded_at_that_step(
         after = store_of(folder)
         assert folder.results["step"] == step
         assert after.points(step) == during.points(step)
-        assert after.probe_set.sha256 == during.probe_set.sha256 == folder.results["probe_set_sha256"]
+        assert after.sequences.sha256 == during.sequences.sha256 == folder.results["sequences_sha256"]
         for point in after.points(step):
             torch.testing.assert_close(after.read(step, point), during.read(step, point), rtol=1e-5, atol=1e-6, msg=point)
     ActivationStore(folder.path / "activations", {"run": base.hash})
@@ -71,7 +74,7 @@ def test_states_are_those_of_transformers_own_model(base: RunFolder, tmp_path: P
         capture(config_of(base.path, sequences=4, positions="all", points=["embed", "*resid*", "logits"]), NoProgress())
     )
     with torch.no_grad():
-        output = theirs(store.probe_set.tokens, output_hidden_states=True)
+        output = theirs(store.sequences.tokens, output_hidden_states=True)
     torch.testing.assert_close(store.read(6, "embed"), output.hidden_states[0])
     torch.testing.assert_close(store.read(6, "layers.0.resid_post"), output.hidden_states[1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(store.read(6, "layers.1.resid_pre"), output.hidden_states[1], rtol=1e-5, atol=1e-5)
@@ -91,7 +94,7 @@ def test_states_are_those_of_transformer_lens(base: RunFolder, tmp_path: Path) -
     store, export = recorded_and_exported(base, tmp_path)
     bridge = bridges.TransformerBridge.boot_transformers(str(export), device="cpu")
     with torch.no_grad():
-        _, cache = bridge.run_with_cache(store.probe_set.tokens)
+        _, cache = bridge.run_with_cache(store.sequences.tokens)
     names = {"embed": "embed.hook_out", "head": "unembed.hook_out"}
     for layer in range(2):
         ours, theirs = f"layers.{layer}", f"blocks.{layer}"
@@ -107,7 +110,7 @@ def test_states_are_those_of_nnsight(base: RunFolder, tmp_path: Path) -> None:
 
     store, export = recorded_and_exported(base, tmp_path)
     model = nnsight.NNsight(AutoModelForCausalLM.from_pretrained(export))
-    with torch.no_grad(), model.trace(store.probe_set.tokens):
+    with torch.no_grad(), model.trace(store.sequences.tokens):
         first = model.model.layers[0].mlp.output.save()
         last = model.lm_head.output.save()
     for ours, theirs in (("layers.0.mlp.out", first), ("head", last)):
@@ -123,7 +126,7 @@ def test_done_is_done_and_other_settings_are_another_run(base: RunFolder) -> Non
 
 def test_sequences_are_drawn_by_seed_and_cut(base: RunFolder) -> None:
     def tokens(**settings: Any) -> torch.Tensor:
-        return store_of(capture(config_of(base.path, sequences=3, **settings), NoProgress())).probe_set.tokens
+        return store_of(capture(config_of(base.path, sequences=3, **settings), NoProgress())).sequences.tokens
 
     assert tokens(max_tokens=7).shape == (3, 7)
     assert torch.equal(tokens(max_tokens=7), tokens()[:, :7])
@@ -148,15 +151,15 @@ def test_texts_of_ones_own_each_to_its_own_end(base: RunFolder, tmp_path: Path, 
 
 
 def _rows(store: ActivationStore) -> tuple[torch.Tensor, list[int]]:
-    return store.probe_set.tokens, store.probe_set.lengths.tolist()
+    return store.sequences.tokens, store.sequences.lengths.tolist()
 
 
 def test_positions_of_the_answer_are_those_of_the_response(base: RunFolder) -> None:
     task = {"name": "arithmetic", "questions": "train", "train_examples": 8}
     folder = capture(config_of(base.path, task=task, positions="answer", sequences=8, points=["embed"]), NoProgress())
-    probe_set, tokenizer = store_of(folder).probe_set, Tokenizer.load(base.path / "tokenizer.json")
-    assert 0 < len(probe_set) <= 8
-    for tokens, length, positions in zip(probe_set.tokens, probe_set.lengths, probe_set.positions, strict=True):
+    sequences, tokenizer = store_of(folder).sequences, Tokenizer.load(base.path / "tokenizer.json")
+    assert 0 < len(sequences) <= 8
+    for tokens, length, positions in zip(sequences.tokens, sequences.lengths, sequences.positions, strict=True):
         first, *_ = places = positions[positions >= 0].tolist()
         assert places == list(range(first, int(length)))
         assert tokenizer.decode(tokens[:first].tolist()).endswith("Assistant:")
@@ -165,8 +168,29 @@ def test_positions_of_the_answer_are_those_of_the_response(base: RunFolder) -> N
 def test_a_fine_tuned_model_is_asked_its_own_task(base: RunFolder, finetune_config: MakeFinetune) -> None:
     tuned = finetune(finetune_config(base.path, {"max_length": 128}), NoProgress())
     folder = capture(config_of(tuned.path, sequences=4, points=["embed"]), NoProgress())
-    text = Tokenizer.load(tuned.path / "tokenizer.json").decode(store_of(folder).probe_set.tokens[0].tolist())
+    text = Tokenizer.load(tuned.path / "tokenizer.json").decode(store_of(folder).sequences.tokens[0].tolist())
     assert text.startswith("Human:")
+
+
+def test_a_model_from_elsewhere_needs_sequences_and_has_them_from_texts(tmp_path: Path) -> None:
+    write_model(tmp_path / "theirs")
+    folder = import_model(ImportConfig(name="model", source=str(tmp_path / "theirs"), output=tmp_path), NoProgress())
+    with pytest.raises(UserError, match=r"pretrained elsewhere.*state `texts` or `task`"):
+        capture(config_of(folder.path), NoProgress())
+    texts = tmp_path / "texts.txt"
+    texts.write_text("\n \n")
+    with pytest.raises(UserError, match="holds no text"):
+        capture(config_of(folder.path, texts=texts), NoProgress())
+    texts.write_text("a text\n")
+    store = store_of(capture(config_of(folder.path, texts=texts, points=["embed"]), NoProgress()))
+    assert store.identity["weight_decay"] is None
+    assert store.steps == [0]
+
+
+def test_answers_that_are_cut_off_are_passed_over(base: RunFolder) -> None:
+    settings = {"task": {"name": "arithmetic", "questions": "train"}, "positions": "answer", "points": ["embed"]}
+    with pytest.raises(UserError, match="none has an answer within its first 5 tokens; raise max_tokens"):
+        capture(config_of(base.path, max_tokens=5, **settings), NoProgress())
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_plasticity.capture import writer as writer_module
-from megatron_plasticity.capture.sequences import ProbeSet
+from megatron_plasticity.capture.sequences import CapturedSequences
 from megatron_plasticity.capture.store import ActivationStore
 from megatron_plasticity.config.analysis import ModelCaptureConfig
 from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig
@@ -63,7 +63,7 @@ def test_fine_tuning_dumps_its_own_task_and_is_not_changed_by_it(
         {"name": "test", "run": folder.path / "checkpoints" / "step-4", "output": tmp_path, "device": "cpu", **recipe}
     )
     again = store_of(capture(offline, NoProgress()))
-    assert again.probe_set.sha256 == store.probe_set.sha256
+    assert again.sequences.sha256 == store.sequences.sha256
     for point in store.points(4)[:3]:
         torch.testing.assert_close(store.read(4, point), again.read(4, point), rtol=1e-5, atol=1e-5)
 
@@ -155,7 +155,7 @@ def test_a_run_goes_on_with_the_sequences_that_it_began_with(pretrain_config: Ma
     with pytest.raises(Interrupted):
         pretrain(config, StopAt(3, signal.SIGTERM))
     folder = pretrain_folder(config).path / "activations"
-    assert len(ProbeSet.load(folder)) == 2
+    assert len(CapturedSequences.load(folder)) == 2
     texts.write_text("one\nother\n")
     with pytest.raises(UserError, match="holds activations of other sequences"):
         pretrain(config, NoProgress())

@@ -9,7 +9,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from megatron_plasticity.capture.sequences import ProbeSet
+from megatron_plasticity.capture.sequences import CapturedSequences
 from megatron_plasticity.config.analysis import ActivationsRecipe
 from megatron_plasticity.config.data import SourceConfig
 from megatron_plasticity.config.files import sha256_file
@@ -28,7 +28,7 @@ DEFAULT_TEMPLATE: str = FinetuneRecipe.model_fields["template"].default
 Item = TypeVar("Item")
 
 
-def probe_inputs(recipe: ActivationsRecipe) -> dict[str, str]:
+def sequence_inputs(recipe: ActivationsRecipe) -> dict[str, str]:
     """Hashes of the files that the recipe names, which enter the hash of a run on a finished model. Raises UserError."""
     if recipe.texts is not None:
         if not recipe.texts.is_file():
@@ -38,14 +38,14 @@ def probe_inputs(recipe: ActivationsRecipe) -> dict[str, str]:
     return {} if identity is None else {"task": identity}
 
 
-def choose_probe_set(
+def choose_sequences(
     recipe: ActivationsRecipe,
     tokenizer: Tokenizer,
     context_length: int,
     held_out: BlockReader | None = None,
     task: TaskConfig | None = None,
     template: str = DEFAULT_TEMPLATE,
-) -> ProbeSet:
+) -> CapturedSequences:
     """The sequences that the recipe states, or else those that go with the model: questions of `task`, or `held_out`.
 
     Raises UserError if there are none of either, or if what is stated cannot be read or has no such positions.
@@ -60,15 +60,15 @@ def choose_probe_set(
     return _of_corpus(recipe, held_out)
 
 
-def _of_corpus(recipe: ActivationsRecipe, held_out: BlockReader) -> ProbeSet:
+def _of_corpus(recipe: ActivationsRecipe, held_out: BlockReader) -> CapturedSequences:
     """Held-out sequences of a corpus; all of them if it has fewer than `recipe.sequences`."""
     if recipe.positions == "answer":
         raise UserError('positions "answer" are those of a task\'s response, and a corpus has none; state `task`')
     tokens, _ = held_out.batch(np.array(_chosen(range(len(held_out)), recipe)))
-    return _probe_set(recipe, tokens.tolist(), [0] * len(tokens), held_out.sequence_length)
+    return _cut(recipe, tokens.tolist(), [0] * len(tokens), held_out.sequence_length)
 
 
-def _of_texts(recipe: ActivationsRecipe, path: Path, tokenizer: Tokenizer, context_length: int) -> ProbeSet:
+def _of_texts(recipe: ActivationsRecipe, path: Path, tokenizer: Tokenizer, context_length: int) -> CapturedSequences:
     """The texts of a file; empty ones are passed over."""
     source = SourceConfig(name="texts", files=(str(path),), text_documents="line")
     (file,) = source_files(source, seed=0)
@@ -76,10 +76,12 @@ def _of_texts(recipe: ActivationsRecipe, path: Path, tokenizer: Tokenizer, conte
     if not texts:
         raise UserError(f"texts: {path} holds no text")
     ids = tokenizer.encode_batch(_chosen(texts, recipe))
-    return _probe_set(recipe, ids, [0] * len(ids), context_length)
+    return _cut(recipe, ids, [0] * len(ids), context_length)
 
 
-def _of_task(recipe: ActivationsRecipe, task: TaskConfig, tokenizer: Tokenizer, context_length: int, template: str) -> ProbeSet:
+def _of_task(
+    recipe: ActivationsRecipe, task: TaskConfig, tokenizer: Tokenizer, context_length: int, template: str
+) -> CapturedSequences:
     """Questions of a task: the prompt in the template, and the response where there is one.
 
     With positions "answer" those of the response's tokens are kept, and questions whose prompt leaves no room for one are passed
@@ -95,7 +97,7 @@ def _of_task(recipe: ActivationsRecipe, task: TaskConfig, tokenizer: Tokenizer, 
     prompts = tokenizer.encode_batch([render_prompt(template, example.prompt) for example in examples])
     responses = tokenizer.encode_batch([example.response for example in examples])
     ids = [[*prompt, *response] for prompt, response in zip(prompts, responses, strict=True)]
-    return _probe_set(recipe, ids, [len(prompt) for prompt in prompts], context_length)
+    return _cut(recipe, ids, [len(prompt) for prompt in prompts], context_length)
 
 
 def _chosen(items: Sequence[Item], recipe: ActivationsRecipe) -> list[Item]:
@@ -105,7 +107,7 @@ def _chosen(items: Sequence[Item], recipe: ActivationsRecipe) -> list[Item]:
     return [items[index] for index in sorted(Random(recipe.sample_seed).sample(range(len(items)), count))]
 
 
-def _probe_set(recipe: ActivationsRecipe, ids: list[list[int]], answers: list[int], context_length: int) -> ProbeSet:
+def _cut(recipe: ActivationsRecipe, ids: list[list[int]], answers: list[int], context_length: int) -> CapturedSequences:
     """The sequences, cut to the longest length, with the positions that the recipe keeps; `answers` are the first of those that
     count as answer."""
     longest = min(recipe.max_tokens or context_length, context_length)
@@ -118,4 +120,4 @@ def _probe_set(recipe: ActivationsRecipe, ids: list[list[int]], answers: list[in
             kept.append(range(first, length))
     if not sequences:
         raise UserError(f"no sequence keeps a position: none has an answer within its first {longest} tokens; raise max_tokens")
-    return ProbeSet.of(sequences, kept)
+    return CapturedSequences.of(sequences, kept)
