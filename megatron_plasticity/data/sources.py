@@ -11,6 +11,7 @@ import glob
 import hashlib
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -51,8 +52,8 @@ class SourceFile:
 
 
 def source_files(source: SourceConfig, seed: int) -> list[SourceFile]:
-    """All files of a source, in an order that depends on the seed and the paths alone, so that any number of the first ones is a
-    fair sample.
+    """All files of a source, in an order that depends on the seed and the paths below the folder that they share alone: any
+    number of the first ones is a fair sample, and the same one wherever the folder lies.
 
     Raises UserError when there is no such data set or file, or a file's format is not known.
     """
@@ -61,8 +62,11 @@ def source_files(source: SourceConfig, seed: int) -> list[SourceFile]:
         file_format(path, source)
     files = [_describe(source, path) for path in paths]
 
+    # By characters will do, and takes addresses as well as paths.
+    shared = os.path.commonprefix([path.rpartition("/")[0] + "/" for path in paths])  # noqa: RUF071
+
     def key(file: SourceFile) -> bytes:
-        return hashlib.sha256(f"{seed}/{file.path}".encode()).digest()
+        return hashlib.sha256(f"{seed}/{file.path.removeprefix(shared)}".encode()).digest()
 
     return sorted(files, key=key)
 

@@ -13,6 +13,7 @@ from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.config.study import StudyConfig
 from megatron_plasticity.config.support import check_supported
 from megatron_plasticity.config.training import FinetuneRecipe, PretrainConfig
+from megatron_plasticity.data.probe_sets import probe_inputs
 from megatron_plasticity.errors import ConfigError, UserError
 from megatron_plasticity.evaluation.tasks.catalogue import shipped_tasks
 from megatron_plasticity.evaluation.tasks.registry import get_task
@@ -38,6 +39,8 @@ def check_study(config: StudyConfig, *, tasks_needed: bool = True) -> list[Pretr
             )
     problems += _problems_of_finetuning(config)
     problems += task_problems(config) if tasks_needed else _problems_of_unknown_tasks(config)
+    if config.analyses.probes:
+        problems += _problems_of([partial(probe_inputs, config.analyses.probes)])
     grid = [] if config.bases else points(config.axes)
     bases: list[PretrainConfig] = []
     problems += _problems_of(partial(_check_base, config, point, bases) for point in grid)

@@ -17,6 +17,7 @@ from megatron_plasticity.config.load import merge
 from megatron_plasticity.config.study import StudyConfig
 from megatron_plasticity.config.tasks import TaskConfig
 from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig
+from megatron_plasticity.data.probe_sets import probe_inputs
 from megatron_plasticity.errors import ConfigError
 from megatron_plasticity.evaluation.tasks.registry import get_task, task_inputs
 from megatron_plasticity.study.check import check_study
@@ -87,9 +88,10 @@ def plan_study(
     bases = check_study(config)
     tasks = [_TaskInputs.of(task) for task in config.tasks]
     roots = _imports(config, sources or {}) if config.bases else _pretrainings(config, bases, corpus_hash or "")
+    probed = probe_inputs(config.analyses.probes) if config.analyses.probes else {}
     cells: list[PlannedCell] = []
     for root, finetune_changes in roots:
-        cells += [root, *_analyses(config, root)]
+        cells += [root, *_analyses(config, root, probed)]
         for step in (None, *sorted(config.finetune_steps)):
             cells += _plasticity(config, _Base(root, step), finetune_changes, tasks)
     if twice := [name for name, count in Counter(cell.id for cell in cells).items() if count > 1]:
@@ -151,8 +153,8 @@ def _imports(config: StudyConfig, sources: Mapping[str, Mapping[str, str]]) -> I
         yield _cell("import", base.name, imported, dict(sources[base.name]), **common), base.finetune
 
 
-def _analyses(config: StudyConfig, root: PlannedCell) -> Iterator[PlannedCell]:
-    """What is looked at inside a base model."""
+def _analyses(config: StudyConfig, root: PlannedCell, probed: Mapping[str, str]) -> Iterator[PlannedCell]:
+    """What is looked at inside a base model; `probed` are the hashes of the texts that probes read."""
     base = _Base(root, None)
     analyses = config.analyses
     of_base = {"name": base.name, "output": study_folder(config), "run": base.folder}
@@ -162,7 +164,8 @@ def _analyses(config: StudyConfig, root: PlannedCell) -> Iterator[PlannedCell]:
         ("overfitting", OverfittingConfig, analyses.overfitting),
     ):
         if recipe:
-            yield _child(kind, cls(**recipe.model_dump(), **of_base), {"model": base.identity}, root)
+            inputs = {"model": base.identity, **(probed if kind == "probes" else {})}
+            yield _child(kind, cls(**recipe.model_dump(), **of_base), inputs, root)
 
 
 def _plasticity(config: StudyConfig, base: _Base, changes: Mapping[str, Any], tasks: list[_TaskInputs]) -> Iterator[PlannedCell]:

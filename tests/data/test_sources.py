@@ -138,6 +138,17 @@ def test_patterns_and_order(tmp_path: Path) -> None:
     assert sorted(orders[0]) == sorted(orders[2])
 
 
+def test_the_order_of_files_does_not_depend_on_where_their_folder_lies(tmp_path: Path) -> None:
+    names = [f"{group}/{number}.jsonl" for group in ("a", "b") for number in range(10)]
+    orders = []
+    for home in (tmp_path / "here", tmp_path / "far" / "away"):
+        for name in names:
+            (home / name).parent.mkdir(parents=True, exist_ok=True)
+            (home / name).write_text("{}\n")
+        orders.append([Path(file.path).relative_to(home) for file in source_files(source(home / "*/*.jsonl"), 1)])
+    assert orders[0] == orders[1] != sorted(orders[0])
+
+
 def test_files_that_are_not_there_or_of_no_known_kind(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no file matches '.*\*\.jsonl' \(source 's'\)"):
         source_files(source(tmp_path / "*.jsonl"), 1)

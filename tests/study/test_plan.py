@@ -10,10 +10,12 @@ from types import SimpleNamespace
 import pytest
 
 from megatron_plasticity.cli import main
+from megatron_plasticity.config.analysis import ProbesConfig
 from megatron_plasticity.config.evaluation import EvaluateConfig
 from megatron_plasticity.config.hashing import canonical, config_hash
 from megatron_plasticity.config.study import StudyConfig
 from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig
+from megatron_plasticity.data.probe_sets import probe_inputs
 from megatron_plasticity.errors import ConfigError, UserError
 from megatron_plasticity.study.check import check_study, task_problems
 from megatron_plasticity.study.plan import PlannedCell, plan_study
@@ -216,6 +218,25 @@ def test_what_was_prepared_enters_the_hash_of_what_reads_it(tmp_path: Path, monk
     finetune, base = after["finetune-wd1-arithmetic"], after["pretrain-wd1"]
     inputs = {"base": base.folder.name.rsplit("-", 1)[1], "task": task.identity}
     assert finetune.folder.name.endswith(config_hash(finetune.config, **inputs))
+
+
+def test_the_texts_of_probes_enter_the_hash_of_what_reads_them(tmp_path: Path) -> None:
+    train, test = tmp_path / "train.tsv", tmp_path / "test.tsv"
+    train.write_text("text\tlabel\ngood\t1\nbad\t0\n")
+    own = {"name": "own", "train_files": [str(train)], "test_files": [str(test)], "text": "text", "label": "label", "labels": [0, 1]}
+    study = small_study(tmp_path, {"analyses": {"probes": {"datasets": ["own"], "own_datasets": [own]}}})
+    with pytest.raises(ConfigError, match=r"test\.tsv not found"):
+        check_study(study, tasks_needed=False)
+
+    test.write_text("text\tlabel\nfine\t1\n")
+    before = descendants(study)
+    test.write_text("text\tlabel\nawful\t0\n")
+    after = descendants(study)
+    assert {id for id, cell in after.items() if cell.folder != before[id].folder} == {"probes-wd1"}
+    cell, base = after["probes-wd1"], after["pretrain-wd1"]
+    assert isinstance(cell.config, ProbesConfig)
+    inputs = {"model": base.folder.name.rsplit("-", 1)[1], **probe_inputs(cell.config)}
+    assert cell.folder.name.endswith(config_hash(cell.config, **inputs))
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from megatron_plasticity.analysis.paired_losses import SequenceLosses
-from megatron_plasticity.analysis.plasticity import GridPoint, TaskOutcome, plasticity
+from megatron_plasticity.analysis.plasticity import GridPoint, ScoreCurve, TaskOutcome, plasticity, score_curves
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.study.results import BaseModel, CheckpointScores, Group, Outcome
 from megatron_plasticity.study.scores import Estimate, bootstrap_settings, estimate
@@ -29,6 +29,8 @@ class Findings:
     over_steps: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
     """Pretraining step → what `plasticity` returned of the checkpoints of that step, the last included; empty if only the last
     one was evaluated."""
+    score_curves: Mapping[str, ScoreCurve] = field(default_factory=dict)
+    """Outcome → its scores over λ with their resamples; empty where there are no statistics on scores."""
 
     @property
     def curves(self) -> dict[str, Mapping[str, Any]]:
@@ -123,12 +125,14 @@ def find(group: Group, outcomes: Sequence[Outcome], config: Mapping[str, Any] | 
     settings = bootstrap_settings(config or {})
     losses = {model.weight_decay: loss for model in group.models if (loss := model.held_out_loss) is not None}
     try:
-        statistics = plasticity([_point(model, outcomes) for model in group.models], *settings)
+        points = [_point(model, outcomes) for model in group.models]
+        curves = score_curves(points, *settings)
+        statistics = plasticity(points, *settings, curves)
         over_steps = {step: plasticity(points, *settings) for step, points in _points_by_step(group, outcomes).items()}
     except UserError as error:
         return Findings(losses, plasticity([_point(model, ()) for model in group.models], *settings), str(error))
     _keep_own_intervals(statistics, group)
-    return Findings(losses, statistics, over_steps=over_steps)
+    return Findings(losses, statistics, over_steps=over_steps, score_curves=curves)
 
 
 def _keep_own_intervals(statistics: Mapping[str, Any], group: Group) -> None:
@@ -144,7 +148,7 @@ def _keep_own_intervals(statistics: Mapping[str, Any], group: Group) -> None:
 
 def _point(model: BaseModel, outcomes: Sequence[Outcome]) -> GridPoint:
     found = _task_outcomes(model, outcomes)
-    return GridPoint(model.weight_decay, model.held_out_loss, found, _sequences(model))
+    return GridPoint(model.weight_decay, model.held_out_loss, found, sequence_losses(model))
 
 
 def _points_by_step(group: Group, outcomes: Sequence[Outcome]) -> dict[int, list[GridPoint]]:
@@ -178,7 +182,7 @@ def _task_outcomes(scores: BaseModel | CheckpointScores, outcomes: Sequence[Outc
     return found
 
 
-def _sequences(model: BaseModel) -> SequenceLosses | None:
+def sequence_losses(model: BaseModel) -> SequenceLosses | None:
     """Losses of the single sequences; None where the overfitting run did not keep them."""
     kept = model.overfitting.results if model.overfitting else {}
     if not all(isinstance(kept.get(key), list) and kept[key] for key in _KEPT):

@@ -17,6 +17,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from megatron_plasticity.config.files import write_json_atomic, write_text_atomic
 from megatron_plasticity.study.report import tables
 from megatron_plasticity.study.report.answer import Answer, answer
+from megatron_plasticity.study.report.assertion_table import assertion_tables
+from megatron_plasticity.study.report.assertions import StudyAssertions, assess, record
 from megatron_plasticity.study.report.comparability import base_format_rates
 from megatron_plasticity.study.report.drawings import Draughtsman, Drawing
 from megatron_plasticity.study.report.figures.svg import Palette, drawing
@@ -71,12 +73,13 @@ def write_report(study_folder: Path) -> Path:
     folder = study_folder / "report"
     write_text_atomic(folder / "cells.csv", tables.csv_text(tables.cell_columns(results), tables.cell_records(results)))
     write_text_atomic(folder / "scores.csv", tables.csv_text(tables.score_columns(results), tables.score_records(results)))
-    write_json_atomic(folder / "report.json", _report_json(results, findings))
-    write_text_atomic(folder / "index.html", render_page(results, findings))
+    assertions = assess(results, findings)
+    write_json_atomic(folder / "report.json", _report_json(results, findings, assertions))
+    write_text_atomic(folder / "index.html", render_page(results, findings, assertions))
     return folder / "index.html"
 
 
-def render_page(results: StudyResults, findings: list[Findings]) -> str:
+def render_page(results: StudyResults, findings: list[Findings], assertions: StudyAssertions) -> str:
     """The page as one self-contained HTML text. Everything but our own SVG is escaped."""
     palette = Palette(results.weight_decays)
     with drawing():
@@ -90,7 +93,7 @@ def render_page(results: StudyResults, findings: list[Findings]) -> str:
         undefined=StrictUndefined,
         trim_blocks=True,
     )
-    html = environment.get_template("template.html.jinja").render(_context(results, groups, palette))
+    html = environment.get_template("template.html.jinja").render(_context(results, groups, assertions, palette))
     return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", html)
 
 
@@ -126,7 +129,7 @@ def _group_view(results: StudyResults, group: Group, found: Findings, draughtsma
     )
 
 
-def _context(results: StudyResults, groups: list[GroupView], palette: Palette) -> dict[str, Any]:
+def _context(results: StudyResults, groups: list[GroupView], assertions: StudyAssertions, palette: Palette) -> dict[str, Any]:
     incomplete = [cell for cell in results.cells if cell.status != "done"]
     counts = Counter(cell.status for cell in results.cells)
     summary = ", ".join(f"{count} {status}" for status, count in counts.most_common())
@@ -138,6 +141,7 @@ def _context(results: StudyResults, groups: list[GroupView], palette: Palette) -
         "facts": _facts(results),
         "has": has,
         "groups": groups,
+        "statements": assertion_tables(assertions, results.groups),
         "palette": palette,
         "weight_decays": results.weight_decays,
         "unfinished": _unfinished(len(incomplete), len(results.cells), summary),
@@ -212,7 +216,7 @@ def _versions() -> str:
     return ", ".join(found)
 
 
-def _report_json(results: StudyResults, findings: list[Findings]) -> dict[str, Any]:
+def _report_json(results: StudyResults, findings: list[Findings], assertions: StudyAssertions) -> dict[str, Any]:
     """The numbers of the page; missing ones are null."""
     return {
         "name": results.name,
@@ -221,9 +225,15 @@ def _report_json(results: StudyResults, findings: list[Findings]) -> dict[str, A
         "tasks": list(results.tasks),
         **({"variants": results.variants} if results.variants else {}),
         "groups": [
-            {"label": group.label, "models": [m.pretrain.id for m in group.models], **found.record()}
-            for group, found in zip(results.groups, findings, strict=True)
+            {
+                "label": group.label,
+                "models": [m.pretrain.id for m in group.models],
+                **found.record(),
+                "assertions": record(asserted),
+            }
+            for group, found, asserted in zip(results.groups, findings, assertions.groups, strict=True)
         ],
+        "assertions": record(assertions.across),
         "scores": tables.score_records(results),
         "cells": tables.cell_records(results),
     }
