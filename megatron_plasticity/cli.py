@@ -189,6 +189,12 @@ VERBS = (
         "configs/analyze/overfitting.yaml run=runs/FOLDER",
     ),
     Verb(
+        ("analyze", "features"),
+        verbs.analyze_features,
+        "dormant units, ranks, norms, step sizes",
+        "configs/analyze/features.yaml run=runs/FOLDER",
+    ),
+    Verb(
         ("mlflow", "sync"), verbs.mlflow_sync, "bring MLflow up to date with a run or study folder", "runs/quickstart", "folder"
     ),
 )

@@ -6,6 +6,8 @@ says what was expected, and what to do. Everything else that escapes is a defect
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 
 class UserError(Exception):
     """Bad input or a bad environment; the message is for the person who started the command."""
@@ -27,3 +29,15 @@ class Interrupted(UserError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def problems_of(checks: Iterable[Callable[[], object]]) -> list[str]:
+    """What the checks raise, line by line; without the headings of messages that list several problems."""
+    problems: list[str] = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            heading, *rest = str(error).splitlines()
+            problems += [line.strip() for line in rest] or [heading]
+    return problems

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from argparse import Namespace
@@ -148,9 +149,11 @@ def pretrain(arguments: Namespace) -> None:
         )
         return
     from megatron_plasticity.parallel.grid import launched_processes
+    from megatron_plasticity.training.preflight import check_pretraining
     from megatron_plasticity.training.pretrain import pretrain, pretrain_folder
 
     check_engine(config, launched_processes())
+    check_pretraining(config)
     with _mirrored(lambda: pretrain_folder(config), config.logging.mlflow), _console(config.name) as progress:
         folder = pretrain(config, progress)
     _finish(folder, ("held_out_loss", "seen_loss", "train_loss"))
@@ -210,11 +213,14 @@ def finetune(arguments: Namespace) -> None:
     from megatron_plasticity.parallel.grid import launched_processes
     from megatron_plasticity.tracking.trained_model import TrainedModel
     from megatron_plasticity.training.finetune import finetune, finetune_folder
+    from megatron_plasticity.training.preflight import check_finetuning
 
     check_engine(config, launched_processes())
 
     def folder_of_run() -> RunFolder:
-        return finetune_folder(config, TrainedModel.open(config.base))
+        base = TrainedModel.open(config.base)
+        check_finetuning(config, base.checkpoint.model)
+        return finetune_folder(config, base)
 
     with _mirrored(folder_of_run, config.logging.mlflow), _console(config.name) as progress:
         folder = finetune(config, progress)
@@ -240,8 +246,7 @@ def evaluate(arguments: Namespace) -> None:
                 print(f"    {group} ({means['questions']:.0f} questions): greedy {means['greedy']:.3f}")
             if missing := part.get("prompts_too_long"):
                 print(f"    {missing} questions were not asked, since their prompts are too long: they count as wrong")
-            other = part["other_rules"]
-            if other["responses_that_differ"]:
+            if (other := part.get("other_rules")) and other["responses_that_differ"]:
                 print(
                     f"    by the {'paper' if other['rules'] == 'paper' else 'own'} rules of grading greedy would be "
                     f"{other['metrics']['greedy']:.3f}: {other['responses_that_differ']} verdicts differ"
@@ -356,6 +361,33 @@ def analyze_overfitting(arguments: Namespace) -> None:
     print(folder.path)
 
 
+def analyze_features(arguments: Namespace) -> None:
+    """Measure the features of a model, its weights and its training steps, and print their summary."""
+    from megatron_plasticity.config.analysis import FeaturesConfig
+
+    folder = _run_job("features", FeaturesConfig, arguments)
+    if folder is None:
+        return
+    results = folder.results
+    summary, final_norm = results["summary"], results["final_norm"]
+    print(f"mean over layers, at {results['positions']:,} positions of {results['sequences']:,} sequences")
+    for threshold, share in summary["dormant_units"].items():
+        print(f"  units of the MLP dormant at τ = {threshold:5} {share:7.2%}")
+    print(f"ranks of {results['hidden_size']:,} features   after the layers   after the final norm")
+    for name, key in {"entropy rank": "entropy_rank", "srank": "srank", "stable rank": "stable_rank"}.items():
+        for kind, label in {"uncentred": "", "centred": ", centred"}.items():
+            print(f"  {name + label:22} {summary[kind][key]:14.1f} {final_norm[kind][key]:22.1f}")
+    if (training := results["training"]) is not None:
+        timescale = training["timescale"]["of_run"]
+        print(f"AdamW timescale {'∞' if timescale is None else f'{timescale:.3g}'} of the run")
+        for name, found in training["summary"].items():
+            shown = [f"η/‖W‖ {found['effective_learning_rate'] or 0:.2e}", f"‖ΔW‖/‖W‖ {found['relative_update'] or 0:.2e}"]
+            if found["over_equilibrium"] is not None:
+                shown.append(f"{found['over_equilibrium']:.2f} times the equilibrium's")
+            print(f"  {name:16} {', '.join(shown)}")
+    print(folder.path)
+
+
 def study_plan(arguments: Namespace) -> None:
     """Print the runs of a study."""
     from megatron_plasticity.config.study import StudyConfig
@@ -432,10 +464,14 @@ def study_status(arguments: Namespace) -> None:
 
 
 def study_report(arguments: Namespace) -> None:
-    """Write the report of a study and print where it is."""
+    """Write the report of a study, print where it is, and which of the paper's statements its results bear out."""
     from megatron_plasticity.study.report import write_report
+    from megatron_plasticity.study.report.assertion_table import terminal_lines
 
-    print(f"report: {write_report(arguments.folder).resolve()}")
+    page = write_report(arguments.folder).resolve()
+    print(f"report: {page}")
+    for line in terminal_lines(json.loads(page.with_name("report.json").read_text(encoding="utf-8"))):
+        print(line)
 
 
 def mlflow_sync(arguments: Namespace) -> None:

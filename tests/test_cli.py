@@ -152,6 +152,7 @@ def test_from_pretraining_to_every_analysis(run: Run, debug_run: list[str], repo
         "probes": ["train_texts=30", "test_texts=20", "seeds=[0]"],
         "attention": [],
         "overfitting": ["sequences=8"],
+        "features": ["sequences=8"],
     }.items():
         config = repository / "configs" / "analyze" / f"{analysis}.yaml"
         code, out, err = run("analyze", analysis, config, f"run={base}", output, *overrides)
@@ -159,7 +160,7 @@ def test_from_pretraining_to_every_analysis(run: Run, debug_run: list[str], repo
         assert Path(out.strip().splitlines()[-1], "results.json").is_file()
 
 
-@pytest.mark.parametrize("verb", [("evaluate",), ("analyze", "probes"), ("analyze", "overfitting")])
+@pytest.mark.parametrize("verb", [("evaluate",), ("analyze", "probes"), ("analyze", "overfitting"), ("analyze", "features")])
 def test_a_model_that_is_not_there(run: Run, repository: Path, tmp_path: Path, verb: tuple[str, ...]) -> None:
     config = repository / ("configs/evaluate/debug.yaml" if verb == ("evaluate",) else f"configs/analyze/{verb[1]}.yaml")
     code, _, err = run(*verb, config, f"run={tmp_path / 'nothing'}", f"output={tmp_path}")
@@ -172,7 +173,7 @@ def test_study_plan_prints_the_grid(run: Run, tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(small_tree(tmp_path)))
     code, out, _ = run("study", "plan", path)
     assert code == 0
-    assert "2 base models, 14 runs in all" in out
+    assert "2 base models, 16 runs in all" in out
 
 
 def test_a_folder_that_is_no_study(run: Run, tmp_path: Path) -> None:

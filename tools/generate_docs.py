@@ -47,6 +47,7 @@ FILE_KINDS: dict[str, Kind] = {
     "attention": Kind(KINDS["attention"], "Attention matrices", "`megatron-plasticity analyze attention FILE`"),
     "truncation": Kind(KINDS["truncation"], "Truncated heads", "`megatron-plasticity analyze truncation FILE`"),
     "overfitting": Kind(KINDS["overfitting"], "Train–validation gap", "`megatron-plasticity analyze overfitting FILE`"),
+    "features": Kind(KINDS["features"], "Features", "`megatron-plasticity analyze features FILE`"),
     "study": Kind(KINDS["study"], "Study", "`megatron-plasticity study plan|run|report FILE`"),
 }
 

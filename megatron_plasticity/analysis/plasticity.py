@@ -78,14 +78,16 @@ class ScoreCurve:
     """[questions, λ]; None for a mean over tasks, variants or test sets."""
 
 
-def plasticity(points: Sequence[GridPoint], resamples: int = 1000, seed: int = 42) -> dict[str, Any]:
+def plasticity(
+    points: Sequence[GridPoint], resamples: int = 1000, seed: int = 42, curves: Mapping[str, ScoreCurve] | None = None
+) -> dict[str, Any]:
     """All statistics of one grid over λ: `{"weight_decays", "loss_curve", "paired_losses", "tasks": {name: statistics}, "mean":
     statistics}`.
 
     See `loss_curve_shape`, `paired_losses` (absent without losses of single sequences) and `curve_statistics`. `tasks` are the
     outcomes. `mean` is over them, at the λ at which every one was finished; it is absent when there is no such λ. With several
     variants there are also `task_means` (`{task: statistics}`, means over the variants) and `variants` (see
-    `variant_statistics`). `points` may come in any order.
+    `variant_statistics`). `points` may come in any order. `curves` are their `score_curves`, if those are at hand.
 
     Raises:
         UserError: λ of different runs had different test questions of a task.
@@ -95,8 +97,7 @@ def plasticity(points: Sequence[GridPoint], resamples: int = 1000, seed: int = 4
     if len(set(weight_decays)) != len(points):
         raise ValueError(f"each λ may occur once, got {weight_decays}; split the runs by the other axes of the grid first")
     losses = {point.weight_decay: loss for point in points if (loss := _finite(point.held_out_loss)) is not None}
-    names = list(dict.fromkeys(name for point in points for name, outcome in point.tasks.items() if outcome is not None))
-    curves = {name: task_curve(points, name, resamples, seed) for name in names}
+    curves = score_curves(points, resamples, seed) if curves is None else curves
     result: dict[str, Any] = {
         "weight_decays": weight_decays,
         "loss_curve": loss_curve_shape(weight_decays, [losses.get(decay) for decay in weight_decays]),
@@ -114,6 +115,13 @@ def plasticity(points: Sequence[GridPoint], resamples: int = 1000, seed: int = 4
         result["task_means"] = {task: curve_statistics(found, weight_decays, losses) for task, found in means.items()}
         result["variants"] = variant_statistics(by_variant)
     return result
+
+
+def score_curves(points: Sequence[GridPoint], resamples: int = 1000, seed: int = 42) -> dict[str, ScoreCurve]:
+    """Scores of every outcome that some λ has finished, by its name; see `task_curve`. Raises UserError like `plasticity`."""
+    points = sorted(points, key=lambda point: point.weight_decay)
+    names = dict.fromkeys(name for point in points for name, outcome in point.tasks.items() if outcome is not None)
+    return {name: task_curve(points, name, resamples, seed) for name in names}
 
 
 def _grouped(

@@ -9,20 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_plasticity.config.files import sha256_file
 from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.data.blocks import BlockReader
 from megatron_plasticity.data.token_store import TokenStore, TokenStoreWriter
 from megatron_plasticity.data.tokenizer import Tokenizer
 from megatron_plasticity.errors import UserError
-
-
-def text_hash(path: Path) -> str:
-    """SHA-256 of a text file. Raises UserError if it cannot be read."""
-    try:
-        return sha256_file(path)
-    except OSError as error:
-        raise UserError(f"{path}: expected a text file, which cannot be read: {error.strerror}") from None
 
 
 @contextmanager

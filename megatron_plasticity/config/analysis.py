@@ -24,9 +24,9 @@ class ActivationsRecipe(Section):
     token ids, is taken by its name alone."""
     sequences: PositiveInt = 32
     """Number of sequences that are run through the model."""
-    texts: Path | None = added_later(None)
-    """File of texts, each a sequence: one a line (.txt), or in the column `text` (.jsonl, .parquet). Default: held-out sequences
-    of the corpus, and for a fine-tuned model the questions of its own task."""
+    texts: Path | None = neutral(None)
+    """File of texts, each a sequence: one a line (.txt), or in the column `text` (.jsonl, .parquet). Its content enters the run's
+    hash. Default: held-out sequences of the corpus, and for a fine-tuned model the questions of its own task."""
     task: TaskConfig | None = added_later(None)
     """Take the questions of this task, prompt and response, instead."""
     sample_seed: int | None = added_later(None)
@@ -249,6 +249,39 @@ class OverfittingConfig(OverfittingRecipe, _AnalysisOf):
     """Train–validation gap of one pretraining run (`megatron-plasticity analyze overfitting`)."""
 
 
+class FeaturesRecipe(Section):
+    """Plasticity in the wider sense: dormant units, effective rank of features, norms, effective learning rate."""
+
+    dormant_thresholds: tuple[Annotated[float, Field(ge=0)], ...] = Field(default=(0.0, 0.025, 0.1), min_length=1)
+    """τ: a unit is dormant if its mean magnitude is at most τ times the mean of its layer's units."""
+    srank_delta: float = Field(default=0.01, gt=0, lt=1)
+    """δ of srank: the least number of singular values that hold 1 − δ of their sum."""
+    sequences: PositiveInt = 64
+    """Held-out sequences that are run through the model, drawn uniformly. Their tokens should be several times as many as the
+    features, since a rank is at most the number of positions."""
+    text: Path | None = neutral(None)
+    """Text file (UTF-8) to take the sequences from instead; its content enters the hash. Models that were pretrained elsewhere
+    need it."""
+    seed: NonNegativeInt = 42
+    """Seed of the draw."""
+    batch_size: PositiveInt = neutral(16)
+    """Sequences per forward pass."""
+    memory_mib: PositiveInt = neutral(4096)
+    """Most memory in MiB for matrices of second moments, one for each layer; where they do not fit at once the sequences are
+    run through the model several times."""
+
+    @field_validator("dormant_thresholds")
+    @classmethod
+    def _thresholds_are_different(cls, value: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(value)) < len(value):
+            raise ValueError("a threshold is named twice")
+        return value
+
+
+class FeaturesConfig(FeaturesRecipe, _AnalysisOf):
+    """Dormant units, ranks and norms of one model (`megatron-plasticity analyze features`)."""
+
+
 class AnalysesConfig(Section):
     """Which analyses a study runs on each of its base models."""
 
@@ -258,3 +291,5 @@ class AnalysesConfig(Section):
     """Attention matrices and maps."""
     overfitting: OverfittingRecipe | None = None
     """Train–validation gap."""
+    features: FeaturesRecipe | None = added_later(None)
+    """Dormant units, effective ranks, norms and effective learning rate."""

@@ -19,6 +19,8 @@ class RewardConfig(Section):
     short answers and exists for tests and the quickstart; `none` leaves the two metrics out."""
     model: str | None = None
     """For `sequence_classifier`: a local folder or a hub name."""
+    revision: str | None = added_later(None)
+    """For a hub name: commit, branch or tag; state a commit where results must not change with the hub."""
     max_length: PositiveInt | None = added_later(None)
     """For `sequence_classifier`: longest conversation in tokens, chat template included. Of a longer one the end is cut off, and
     the results say how many were. null takes the longest that the model can read."""

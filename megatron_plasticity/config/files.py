@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from megatron_plasticity.errors import UserError
+
 
 def fsync_folder(folder: Path) -> None:
     """Make renames inside `folder` survive a power cut."""
@@ -85,3 +87,11 @@ def sha256_file(path: Path) -> str:
         while piece := file.read(1 << 20):
             digest.update(piece)
     return digest.hexdigest()
+
+
+def text_hash(path: Path) -> str:
+    """SHA-256 of a text file. Raises UserError if it cannot be read."""
+    try:
+        return sha256_file(path)
+    except OSError as error:
+        raise UserError(f"{path}: expected a text file, which cannot be read: {error.strerror}") from None

@@ -19,6 +19,7 @@ from pydantic.fields import FieldInfo
 
 from megatron_plasticity.config.analysis import (
     AttentionConfig,
+    FeaturesConfig,
     ModelCaptureConfig,
     OverfittingConfig,
     ProbesConfig,
@@ -45,6 +46,7 @@ KINDS: dict[str, type[Section]] = {
     "attention": AttentionConfig,
     "truncation": TruncationConfig,
     "overfitting": OverfittingConfig,
+    "features": FeaturesConfig,
     "study": StudyConfig,
 }
 """Every kind of work that is named by a hash, and the section that configures it."""
@@ -61,6 +63,7 @@ RESULTS_VERSION: dict[str, int] = {
     "attention": 1,
     "truncation": 1,
     "overfitting": 1,
+    "features": 1,
     "study": 1,
 }
 """Version of the code behind each kind. Raise the number of a kind in the same commit as a change after which the same config

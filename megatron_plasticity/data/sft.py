@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +15,8 @@ from megatron_plasticity.data.tokenizer import Tokenizer
 from megatron_plasticity.models.loss import IGNORE
 
 _PROMPT = "{prompt}"
+# Examples that go through the tokenizer together: as lists of Python, ids take some hundred bytes each.
+_CHUNK = 1024
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,28 @@ class EncodedExample:
         return len(self.ids) - 1
 
 
+class EncodedExamples:
+    """Examples by index, with all their ids in one array: four bytes a token."""
+
+    def __init__(self, examples: Iterable[EncodedExample]) -> None:
+        self._ids, self._ends, self._prompt_lengths = array("i"), array("q", [0]), array("q")
+        for example in examples:
+            self._ids.extend(example.ids)
+            self._ends.append(len(self._ids))
+            self._prompt_lengths.append(example.prompt_length)
+
+    def __len__(self) -> int:
+        return len(self._prompt_lengths)
+
+    def __getitem__(self, index: int) -> EncodedExample:
+        return EncodedExample(tuple(self._ids[self._ends[index] : self._ends[index + 1]]), self._prompt_lengths[index])
+
+    @property
+    def input_lengths(self) -> np.ndarray:
+        """`EncodedExample.input_length` of each: int64."""
+        return np.diff(np.array(self._ends)) - 1
+
+
 def render_prompt(template: str, prompt: str) -> str:
     """The text before the response. Braces in the prompt are ordinary characters."""
     before, after = template.split(_PROMPT)
@@ -47,11 +73,14 @@ def encode_example(tokenizer: Tokenizer, template: str, prompt: str, response: s
 
 def encode_examples(
     tokenizer: Tokenizer, template: str, pairs: Sequence[tuple[str, str]], max_length: int
-) -> list[EncodedExample]:
+) -> Iterator[EncodedExample]:
     """`encode_example` of many (prompt, response) pairs, in their order, through the tokenizer's batch."""
-    prompts = tokenizer.encode_batch([render_prompt(template, prompt) for prompt, _ in pairs])
-    responses = tokenizer.encode_batch([response for _, response in pairs])
-    return [_join(tokenizer, prompt, response, max_length) for prompt, response in zip(prompts, responses, strict=True)]
+    for start in range(0, len(pairs), _CHUNK):
+        chunk = pairs[start : start + _CHUNK]
+        prompts = tokenizer.encode_batch([render_prompt(template, prompt) for prompt, _ in chunk])
+        responses = tokenizer.encode_batch([response for _, response in chunk])
+        for prompt, response in zip(prompts, responses, strict=True):
+            yield _join(tokenizer, prompt, response, max_length)
 
 
 def collate(examples: Sequence[EncodedExample], pad_id: int, multiple_of: int = 1) -> MicroBatch:

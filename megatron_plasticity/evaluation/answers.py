@@ -35,12 +35,17 @@ _WRAPPERS = [
 _QUOTED = re.compile(r"\"([^\"]*)\"|'([^']*)'|“([^”]*)”|‘([^’]*)’")
 _LETTER = re.compile(
     r"(?:(?:the\s+)?(?:option|choice|answer)\s+)?"
-    r"(?:\(([A-Z])\)|\[([A-Z])\]|\*\*\(?([A-Z])[.)]?\*\*|([A-Z])(?=\s*(?:[.):,;]|$)))\s*[.):,;]?(.*)",
+    r"(?:\(([A-Z])\)|\[([A-Z])\]|\*\*\(?([A-Z])[.)]?\*\*|\\(?:text|mathrm|mathbf|textbf)\{\s*\(?([A-Z])[.)]*\s*\}"
+    r"|([A-Z])(?=\s*(?:[.):,;]|$))|(?-i:([A-Z]))(?=\s+(?:[-–—]\s|\()))\s*[.):,;]?(.*)",
     re.IGNORECASE | re.DOTALL,
 )
-_CONNECTIVE = r"(?:and|or|nor|to|&|/|\+|,)"
+"""A letter in one of its forms; bare ones before a bracket or a dash are capitals, since "a (small) dose" names no option."""
+_CONNECTIVE = r"(?:and|or|nor|to|through|&|/|\+|,)"
 _ANOTHER_LETTER = re.compile(
-    rf"\s*{_CONNECTIVE}(?:\s|\b)|\s*(?:{_CONNECTIVE}\s*)?\(?[A-Z]\)?\s*(?:[.):,;]|$)|.*\([A-Z]\)", re.IGNORECASE | re.DOTALL
+    # Directly after the first: "or (D)", ", D", "/D", "D.". A letter further on belongs to what is said about the answer, or to
+    # the option's own text: "(B) Vitamin (K)". Lower-case ones stand alone: "c or d", but not "c, a small dose".
+    rf"\s*(?:(?i:{_CONNECTIVE})\s*)?(?:\(?[A-Z]\)?|\(?[a-z]\)?(?=[.)\s]*$))(?![\w'])(?!\.\w)"
+    rf"(?:\s*(?:[.):,;]|$)|(?<=\)))|\s*(?i:{_CONNECTIVE})\s*(?i:(?:option|choice)\s+)?\(?[A-Z]\)?(?![\w'])",
 )
 _VERDICT = re.compile(r"(yes|no|maybe)\b\s*(?:[,;:!)–—-]|$)(.*)")
 _ANOTHER_VERDICT = re.compile(r"\b(?:yes|no|maybe)\b")
@@ -102,7 +107,8 @@ def unwrapped(text: str) -> str:
 
 
 def choice_letter(text: str) -> str | None:
-    """The letter of an option, as in `B`, `(B)`, `**B**`, `B. its text`, `option B`; None if no letter or more than one is named.
+    """The letter of an option, as in `B`, `(B)`, `**B**`, `B. its text`, `B - its text`, `option B`; None if there is none, or if
+    another one follows directly.
 
     A letter counts at the start only, and only if it stands apart from what follows: "a decrease" names no option.
     """

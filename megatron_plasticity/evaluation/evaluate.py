@@ -17,8 +17,16 @@ from megatron_plasticity.config.tasks import TaskConfig
 from megatron_plasticity.data.sft import render_prompt
 from megatron_plasticity.data.tokenizer import Tokenizer
 from megatron_plasticity.errors import UserError
+from megatron_plasticity.evaluation.extraction import Rules
 from megatron_plasticity.evaluation.grading import Grader
-from megatron_plasticity.evaluation.responses import Question, answer_questions, room_for_prompts, sampling_parameters
+from megatron_plasticity.evaluation.kept_responses import KeptResponses
+from megatron_plasticity.evaluation.responses import (
+    Question,
+    Response,
+    answer_questions,
+    room_for_prompts,
+    sampling_parameters,
+)
 from megatron_plasticity.evaluation.rewards import RewardScorer, make_scorer
 from megatron_plasticity.evaluation.sampling import Generator
 from megatron_plasticity.evaluation.tasks.registry import get_task
@@ -63,6 +71,7 @@ def evaluate_model(
     tasks: Sequence[TaskConfig],
     grid: ProcessGrid,
     progress: Progress | None = None,
+    kept: KeptResponses | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Ask the model every test question once greedily and `recipe.samples` times at `recipe.temperature`. A collective.
 
@@ -73,44 +82,47 @@ def evaluate_model(
     group, the `chance` of the questions asked (`chance_of`), their `questions_sha256`, correctness per question in both passes,
     the `most_common_answer` of the greedy pass, the `grader`, and what the other rules of grading would have given. The task
     itself has the plain mean of its test sets' metrics, and their questions end to end. A test set that several tasks share is
-    asked once.
+    asked once. What is in `kept` is not asked again, and what was asked is put there.
 
-    Raises UserError before anything is generated if a task is unknown or named twice, the template is unusable, or a prompt is
-    too long for the model's context.
+    Raises UserError before anything is generated if a task is unknown or named twice, the template is unusable, a prompt is too
+    long for the model's context, or this machine cannot grade what is asked.
     """
     asked = _prepare(tokenizer, recipe, tasks, context_length)
-    scorer = make_scorer(recipe.reward, grid.device)
-    generator = make_generator()
     distinct = {test_set.sha256: test_set for task in asked for test_set in task.test_sets}
     answers = sum(question.fits for test_set in distinct.values() for question in test_set.questions) * (1 + recipe.samples)
     whole = _Whole(progress, answers, grid.data_size)
-    results: dict[str, Any] = {"rules": "paper" if recipe.paper_compat else "own", "tasks": {}, "examples": {}}
-    rows: list[dict[str, Any]] = []
-    judged: dict[str, Verdicts] = {}
+    rules: Rules = "paper" if recipe.paper_compat else "own"
     with Grader(workers=min(_GRADERS, os.cpu_count() or 1)) as grader:
-        for task in asked:
-            for test_set in task.test_sets:
-                if test_set.sha256 in judged:
-                    continue
-                verdicts = _ask(generator, tokenizer, recipe, test_set, grader, scorer, grid, whole)
-                if verdicts is not None:
-                    judged[test_set.sha256] = verdicts
-            if grid.is_main:
-                of_task = {test_set.name: judged[test_set.sha256] for test_set in task.test_sets}
-                results["tasks"][task.name] = _task_results(task, of_task, recipe)
-                results["examples"][task.name] = [shown for v in of_task.values() for shown in v.shown(EXAMPLES_SHOWN)]
-                rows += [row for name, v in of_task.items() for row in v.rows(task.name, name)]
-    cut = grid.gather(scorer.cut if scorer is not None else 0)
-    if cut is None:
+        if grid.is_main:
+            grader.check({e.reference.kind for test_set in distinct.values() for e in test_set.examples}, rules)
+        scorer = make_scorer(recipe.reward, grid.device)
+        asking = _Asking(make_generator(), tokenizer, recipe, scorer, grid, whole, kept)
+        # The same ones in the same order on every rank. Grading comes after all of them, so that no rank waits for it.
+        passes = {digest: (asking.ask(test_set, False), asking.ask(test_set, True)) for digest, test_set in distinct.items()}
+        judged = {
+            digest: judge(distinct[digest].examples, greedy, sampled, grader, rules)
+            for digest, (greedy, sampled) in passes.items()
+            if greedy is not None and sampled is not None
+        }
+    if not grid.is_main:
         return {}, []
-    if any(cut):
-        results["rewarded_conversations_cut"] = sum(cut)
+    results: dict[str, Any] = {"rules": rules, "tasks": {}, "examples": {}}
+    rows: list[dict[str, Any]] = []
+    for task in asked:
+        of_task = {test_set.name: judged[test_set.sha256] for test_set in task.test_sets}
+        results["tasks"][task.name] = _task_results(task, of_task, recipe)
+        results["examples"][task.name] = [shown for v in of_task.values() for shown in v.shown(EXAMPLES_SHOWN)]
+        rows += [row for name, v in of_task.items() for row in v.rows(task.name, name)]
+    if asking.cut:
+        results["rewarded_conversations_cut"] = asking.cut
     return results, rows
 
 
 def chance_of(examples: Sequence[Example]) -> float:
     """Accuracy on these questions without understanding: of the best constant answer or, if better, of a uniform guess among the
-    options."""
+    options. 0 where what is asked for are inputs of programs: no one input is that of most."""
+    if all(example.reference.kind == "program_input" for example in examples):
+        return 0.0
     constant = Counter(example.reference.answer for example in examples).most_common(1)[0][1] / len(examples)
     uniform = sum(1 / len(example.choices) for example in examples if example.choices) / len(examples)
     return max(constant, uniform)
@@ -160,28 +172,50 @@ def _encoded(
     return _TestSet(name, questions, questions_sha256(examples))
 
 
-def _ask(
-    generator: Generator,
-    tokenizer: Tokenizer,
-    recipe: EvaluateRecipe,
-    test_set: _TestSet,
-    grader: Grader,
-    scorer: RewardScorer | None,
-    grid: ProcessGrid,
-    whole: _Whole,
-) -> Verdicts | None:
-    """Both passes over a test set, graded on the main process; None on the others."""
-    fitting = sum(question.fits for question in test_set.questions)
+class _Asking:
+    """What is needed to put test sets to a model, one pass after the other. Every rank has one, and asks the same of it."""
 
-    def answers(samples: int, sampled: bool) -> Any:
-        parameters, part = sampling_parameters(recipe, sampled), whole.part(samples * fitting)
-        judge_of_samples = scorer if sampled else None
-        return answer_questions(generator, tokenizer, test_set.questions, samples, parameters, judge_of_samples, grid, part)
+    def __init__(
+        self,
+        generator: Generator,
+        tokenizer: Tokenizer,
+        recipe: EvaluateRecipe,
+        scorer: RewardScorer | None,
+        grid: ProcessGrid,
+        whole: _Whole,
+        kept: KeptResponses | None,
+    ) -> None:
+        self._generator, self._tokenizer, self._recipe, self._scorer = generator, tokenizer, recipe, scorer
+        self._grid, self._whole, self._kept = grid, whole, kept
+        self.cut = 0
+        """On the main process: rewarded conversations that lost their end."""
 
-    greedy, sampled = answers(1, sampled=False), answers(recipe.samples, sampled=True)
-    if greedy is None or sampled is None:
-        return None
-    return judge(test_set.examples, greedy, sampled, grader, "paper" if recipe.paper_compat else "own")
+    def ask(self, test_set: _TestSet, sampled: bool) -> list[list[Response]] | None:
+        """One pass over a test set: [question][sample] on the main process, None on the others. A collective."""
+        name = f"{test_set.sha256[:16]}-{'sampled' if sampled else 'greedy'}"
+        samples = self._recipe.samples if sampled else 1
+        part = self._whole.part(samples * sum(question.fits for question in test_set.questions))
+        if self._kept is not None:
+            found = self._kept.load(name) if self._grid.is_main else None
+            if self._grid.from_main(found is not None):
+                self._whole.skip()
+                if found is None:
+                    return None
+                self.cut += found[1]
+                return found[0]
+        scorer = self._scorer if sampled else None
+        before = scorer.cut if scorer is not None else 0
+        parameters = sampling_parameters(self._recipe, sampled)
+        responses = answer_questions(
+            self._generator, self._tokenizer, test_set.questions, samples, parameters, scorer, self._grid, part
+        )
+        cut = self._grid.gather(scorer.cut - before if scorer is not None else 0)
+        if responses is None or cut is None:
+            return None
+        self.cut += sum(cut)
+        if self._kept is not None:
+            self._kept.save(name, responses, sum(cut))
+        return responses
 
 
 def _task_results(task: _AskedTask, verdicts: Mapping[str, Verdicts], recipe: EvaluateRecipe) -> dict[str, Any]:
@@ -233,6 +267,11 @@ class _Whole:
         """Progress of the next pass, which will give so many answers on all ranks."""
         self.before, self.started = self.started, self.started + answers
         return self if self.progress is not None else None
+
+    def skip(self) -> None:
+        """The pass was there already."""
+        if self.progress is not None:
+            self.progress.update(self.started, self.total, "answers")
 
     def update(self, done: float, total: float, unit: str, **info: float | str) -> None:
         if self.progress is not None:

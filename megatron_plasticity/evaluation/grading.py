@@ -24,7 +24,7 @@ that was used (`Grader.name`).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fractions import Fraction
 from types import TracebackType
 from typing import Self
@@ -85,6 +85,25 @@ class Grader:
             return "math-verify" if self._pools else "exact-number"
         return {"number": "exact-number", "literal": "python-literal", "program_input": "program"}.get(kind, "words")
 
+    def can_grade(self, kinds: Iterable[AnswerKind], rules: Rules) -> bool:
+        """Whether answers of all these kinds can be compared by these rules: the paper's need math-verify for numbers."""
+        return rules == "own" or bool(self._pools) or not {"number", "maths"}.intersection(kinds)
+
+    def check(self, kinds: Collection[AnswerKind], rules: Rules) -> None:
+        """Find out now what grading these kinds would find out.
+
+        Raises UserError if programs cannot be confined here, or math-verify is needed and not installed.
+        """
+        if not self.can_grade(kinds, rules):
+            raise UserError(
+                "paper_compat=true compares numbers and mathematics by math-verify, which is not installed; install the `eval` "
+                "extra: pip install 'megatron-plasticity[eval]'"
+            )
+        if "maths" in kinds and self._pools:
+            self._pools[rules].equal_all([("1", "1")])
+        if "program_input" in kinds:
+            self._sandbox.check_confinement()
+
     def grade(self, reference: Reference, extracted: str | None, rules: Rules = "own") -> bool:
         """Whether the extracted answer is right; None (no answer) is wrong."""
         return self.grade_all([reference], [extracted], rules)[0]
@@ -97,7 +116,9 @@ class Grader:
         pairs = [(reference, answer) for reference, answer in zip(references, extracted, strict=True)]
         answered = [(reference, answer) for reference, answer in pairs if answer is not None]
         self._run([call for pair in answered if pair[0].kind == "program_input" and (call := _call(*pair)) is not None])
-        self._verify([(answer, ref.answer) for ref, answer in answered if _needs_maths(ref, answer, rules)], rules)
+        self._verify(
+            [(answer, ref.answer) for ref, answer in answered if _needs_maths(ref.kind, answer, ref.answer, rules)], rules
+        )
         return [answer is not None and self._is_right(reference, answer, rules) for reference, answer in pairs]
 
     def _is_right(self, reference: Reference, answer: str, rules: Rules) -> bool:
@@ -105,6 +126,11 @@ class Grader:
             call = _call(reference, answer)
             return call is not None and self._gives[call]
         return self.equivalent(reference, answer, reference.answer, rules)
+
+    def equivalent_all(self, pairs: Sequence[tuple[Reference, str, str]], rules: Rules = "own") -> list[bool]:
+        """`equivalent` of many pairs; what takes a process is done by all workers."""
+        self._verify([(a, b) for reference, a, b in pairs if _needs_maths(reference.kind, a, b, rules)], rules)
+        return [self.equivalent(*pair, rules) for pair in pairs]
 
     def equivalent(self, reference: Reference, a: str, b: str, rules: Rules = "own") -> bool:
         """Whether two answers to a question of the reference's kind are the same. Symmetric; not transitive for `maths`."""
@@ -136,8 +162,8 @@ def _call(reference: Reference, answer: str) -> tuple[Call, str] | None:
     return None if arguments is None else (Call(reference.program, arguments), reference.answer)
 
 
-def _needs_maths(reference: Reference, answer: str, rules: Rules) -> bool:
-    return reference.kind in ("number", "maths") and _equal_by_form(reference.kind, answer, reference.answer, rules) is None
+def _needs_maths(kind: AnswerKind, a: str, b: str, rules: Rules) -> bool:
+    return kind in ("number", "maths") and _equal_by_form(kind, a, b, rules) is None
 
 
 def _equal_by_form(kind: AnswerKind, a: str, b: str, rules: Rules) -> bool | None:

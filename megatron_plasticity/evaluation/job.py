@@ -10,9 +10,10 @@ import torch
 
 from megatron_plasticity.config.evaluation import EvaluateConfig, HarnessConfig
 from megatron_plasticity.evaluation.evaluate import evaluate_model
+from megatron_plasticity.evaluation.inputs import evaluation_inputs
+from megatron_plasticity.evaluation.kept_responses import KeptResponses
 from megatron_plasticity.evaluation.samples import SAMPLES_FILE, write_samples
 from megatron_plasticity.evaluation.sampling import Generator
-from megatron_plasticity.evaluation.tasks.registry import task_inputs
 from megatron_plasticity.parallel.grid import ProcessGrid, launched_processes, process_grid, resolve_device
 from megatron_plasticity.tracking.disk import explain_disk_errors
 from megatron_plasticity.tracking.progress import Progress
@@ -34,18 +35,20 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> RunFolder:
             def generator() -> Generator:
                 return _generator(config, trained, grid, show)
 
-            results, samples = evaluate_model(generator, tokenizer, context_length, config, config.tasks, grid, show)
-            if grid.is_main:
-                with explain_disk_errors(folder.path):
+            kept = KeptResponses(folder.path)
+            with explain_disk_errors(folder.path):
+                results, samples = evaluate_model(generator, tokenizer, context_length, config, config.tasks, grid, show, kept)
+                if grid.is_main:
                     write_samples(folder.path / SAMPLES_FILE, samples)
+                    kept.remove()
             return results
 
-        return run_on_model("evaluate", config, work, progress, task_inputs(config.tasks), grid)
+        return run_on_model("evaluate", config, work, progress, evaluation_inputs(config, config.tasks), grid)
 
 
 def evaluation_folder(config: EvaluateConfig) -> RunFolder:
     """The run folder of this config, made if it is not there."""
-    return folder_on_model("evaluate", config, TrainedModel.open(config.run), task_inputs(config.tasks))
+    return folder_on_model("evaluate", config, TrainedModel.open(config.run), evaluation_inputs(config, config.tasks))
 
 
 def harness(config: HarnessConfig, progress: Progress) -> RunFolder:

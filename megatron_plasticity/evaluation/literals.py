@@ -63,10 +63,9 @@ def read_arguments(text: str) -> str | None:
     """
     for source in _readings(text):
         call = _call(source)
-        if call is not None:
-            return ", ".join(
-                [*map(ast.unparse, call.args), *(f"{keyword.arg}={ast.unparse(keyword.value)}" for keyword in call.keywords)]
-            )
+        arguments = None if call is None else _source_of_arguments(call)
+        if arguments is not None:
+            return arguments
     return None
 
 
@@ -75,7 +74,10 @@ def same_arguments(a: str, b: str) -> bool:
     first, second = read_arguments(a), read_arguments(b)
     if first is None or second is None:
         return first is second and a == b
-    return first == second or equal_values(_argument_values(first), _argument_values(second))
+    if first == second:
+        return True
+    values = _argument_values(first), _argument_values(second)
+    return None not in values and equal_values(*values)
 
 
 def literal_of_paper(text: str) -> object:
@@ -137,8 +139,26 @@ def _allowed(expressions: list[ast.expr]) -> bool:
     return True
 
 
-def _argument_values(source: str) -> list[object]:
+def _source_of_arguments(call: ast.Call) -> str | None:
+    """None for expressions that are nested too deeply, such as `not not not …`: what can be parsed cannot always be written."""
+    try:
+        return ", ".join(
+            [*map(ast.unparse, call.args), *(f"{keyword.arg}={ast.unparse(keyword.value)}" for keyword in call.keywords)]
+        )
+    except _READING_ERRORS:
+        return None
+
+
+def _argument_values(source: str) -> list[object] | None:
     call = _parsed_call(f"f({source})")
-    assert call is not None, source
-    arguments = [(None, node) for node in call.args] + sorted((keyword.arg, keyword.value) for keyword in call.keywords)
-    return [(name, _literal(ast.unparse(node)) or ast.unparse(node)) for name, node in arguments]
+    if call is None:
+        return None
+    named = sorted((keyword.arg or "", keyword.value) for keyword in call.keywords)
+    try:
+        return [
+            (name, _literal(text) or text)
+            for name, node in [*(("", node) for node in call.args), *named]
+            if (text := ast.unparse(node))
+        ]
+    except _READING_ERRORS:
+        return None

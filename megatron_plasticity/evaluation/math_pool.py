@@ -70,25 +70,46 @@ class MathPool:
         self._compare = compare
         self._size = workers
         self._workers: list[_Worker] = []
+        self._endless: set[str] = set()
 
     def equal_all(self, pairs: Sequence[Pair]) -> list[bool]:
-        """Whether each pair is equal; False where the comparison fails, dies, or passes the time limit."""
+        """Whether each pair is equal; False where the comparison fails, dies, or passes the time limit.
+
+        Of a pair that takes too long each text is compared with itself next. One that takes too long at that as well is not
+        tried again, so that it costs its time once, and not once for each text that it is compared with.
+        """
         results = [False] * len(pairs)
-        waiting = deque(enumerate(pairs))
+        waiting: deque[tuple[int | None, Pair]] = deque(enumerate(pairs))
         while len(self._workers) < min(self._size, len(pairs)):
             self._workers.append(_Worker(self._compare, self._time_limit))
         while waiting or any(worker.item is not None for worker in self._workers):
             for worker in self._workers:
-                if worker.item is None and waiting:
-                    worker.submit(*waiting.popleft())
+                while worker.item is None and waiting:
+                    number, pair = waiting.popleft()
+                    if self._endless.isdisjoint(pair):
+                        worker.submit((number, pair))
             busy = [worker for worker in self._workers if worker.item is not None]
+            if not busy:
+                continue
             remaining = min(worker.deadline for worker in busy) - time.monotonic()
             wait([worker.connection for worker in busy], timeout=max(0.0, remaining))
             for worker in busy:
                 item, verdict = worker.item, worker.poll()
-                if verdict is not None and item is not None:
-                    results[item] = verdict
+                if worker.item is not None or item is None:
+                    continue
+                number, pair = item
+                if number is not None:
+                    results[number] = bool(verdict)
+                if verdict is None:
+                    self._look_at(number, pair, waiting)
         return results
+
+    def _look_at(self, number: int | None, pair: Pair, waiting: deque[tuple[int | None, Pair]]) -> None:
+        """Find out which text of a pair that gave no verdict is to blame."""
+        if number is None:
+            self._endless.add(pair[0])
+        else:
+            waiting.extendleft((None, (text, text)) for text in set(pair) - self._endless)
 
     def close(self) -> None:
         """End the workers."""
@@ -103,7 +124,8 @@ class _Worker:
     def __init__(self, compare: Callable[[str, str], bool], time_limit: float) -> None:
         self._compare = compare
         self._time_limit = time_limit
-        self.item: int | None = None
+        self.item: tuple[int | None, Pair] | None = None
+        """The pair that it is working on, and its number if somebody asked for it."""
         self.deadline = 0.0
         self._start()
 
@@ -122,13 +144,19 @@ class _Worker:
         except EOFError as error:
             raise RuntimeError("a math-verify worker died while it started; its own message is above") from error
 
-    def submit(self, item: int, pair: Pair) -> None:
+    def submit(self, item: tuple[int | None, Pair]) -> None:
+        try:
+            self.connection.send(item[1])
+        except ConnectionError:  # it was killed while it had nothing to do
+            self.stop()
+            self._start()
+            self.connection.send(item[1])
         self.item = item
         self.deadline = time.monotonic() + self._time_limit
-        self.connection.send(pair)
 
     def poll(self) -> bool | None:
-        """The verdict on the current pair, or None while it is being worked on; a late or dead process is replaced."""
+        """The verdict on the current pair, which is then no longer its `item`. None while it is being worked on, and if there
+        will be none: a late or dead process is replaced."""
         try:
             if self.connection.poll():
                 verdict = bool(self.connection.recv())
@@ -141,7 +169,7 @@ class _Worker:
         self.item = None
         self.stop()
         self._start()
-        return False
+        return None
 
     def stop(self) -> None:
         self._process.kill()

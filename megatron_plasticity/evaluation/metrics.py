@@ -54,24 +54,34 @@ class Outcomes:
     answered: NDArray[np.bool_]
     """[N, K]: whether an answer could be extracted."""
     rewards: Floats | None = None
-    """[N, K], finite."""
+    """[N, K]; NaN where nothing was rewarded, since the question was not asked."""
 
 
-def cluster_answers(answers: Sequence[str | None], equivalent: Callable[[str, str], bool]) -> list[int]:
-    """Number the clusters of equal answers 0, 1, … in sample order.
+def cluster_answers(
+    answers: Sequence[Sequence[str | None]], equivalent: Callable[[Sequence[tuple[int, str, str]]], Sequence[bool]]
+) -> list[list[int]]:
+    """Number the clusters of equal answers [question][sample] 0, 1, … in sample order.
 
     A sample joins the earliest cluster whose first member it equals, or founds one; None founds one that nobody joins.
+    `equivalent` says of many (question, a, b) whether a and b are the same. It is asked once for each round, in which every
+    question compares with the first sample that has no cluster yet; so comparisons of all questions can run side by side.
     """
-    founders: list[str | None] = []
-    clusters = []
-    for answer in answers:
-        found = None
-        if answer is not None:
-            found = next((i for i, founder in enumerate(founders) if founder is not None and equivalent(answer, founder)), None)
-        if found is None:
-            found = len(founders)
-            founders.append(answer)
-        clusters.append(found)
+    none = -1
+    clusters = [[none] * len(row) for row in answers]
+    for number in range(max(map(len, answers), default=0)):  # a cluster of each question at a time
+        pairs: list[tuple[int, int, str, str]] = []
+        for question, (row, cluster) in enumerate(zip(answers, clusters, strict=True)):
+            if none not in cluster:
+                continue
+            first = cluster.index(none)
+            cluster[first] = number
+            if (founder := row[first]) is not None:
+                others = [sample for sample, found in enumerate(cluster) if found == none]
+                pairs += [(question, sample, answer, founder) for sample in others if (answer := row[sample]) is not None]
+        verdicts = equivalent([(question, answer, founder) for question, _, answer, founder in pairs])
+        for (question, sample, _, _), same in zip(pairs, verdicts, strict=True):
+            if same:
+                clusters[question][sample] = number
     return clusters
 
 
@@ -89,7 +99,8 @@ def question_values(outcomes: Outcomes) -> dict[str, Floats]:
         **_pass_at_k(outcomes.sampled_correct),
     }
     if outcomes.rewards is not None:
-        values["rm"] = correct[rows, outcomes.rewards.argmax(axis=1)]
+        # Of a question that was not asked all samples are wrong, whichever is taken; it has no reward to average.
+        values["rm"] = correct[rows, np.nan_to_num(outcomes.rewards, nan=-np.inf).argmax(axis=1)]
         values["orm"] = outcomes.rewards.mean(axis=1)
     return values
 

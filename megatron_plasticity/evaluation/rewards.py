@@ -33,7 +33,7 @@ def make_scorer(config: RewardConfig, device: torch.device | str = "cpu") -> Rew
         return LengthScorer()
     if config.model is None:
         raise UserError("reward.kind=sequence_classifier needs reward.model: a local folder or a hub name")
-    return SequenceClassifierScorer(config.model, device, config.batch_size, config.max_length)
+    return SequenceClassifierScorer(config.model, device, config.batch_size, config.max_length, config.revision)
 
 
 class LengthScorer:
@@ -53,7 +53,12 @@ class SequenceClassifierScorer:
     """
 
     def __init__(
-        self, model: str, device: torch.device | str = "cpu", batch_size: int = 16, max_length: int | None = None
+        self,
+        model: str,
+        device: torch.device | str = "cpu",
+        batch_size: int = 16,
+        max_length: int | None = None,
+        revision: str | None = None,
     ) -> None:
         from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
@@ -63,10 +68,11 @@ class SequenceClassifierScorer:
         self.cut = 0
         dtype = torch.bfloat16 if self._device.type == "cuda" else torch.float32
         source = str(Path(model).resolve()) if Path(model).is_dir() else model
+        at: dict[str, Any] = {} if revision is None else {"revision": revision}
         try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(source, trust_remote_code=False, **at)
             classifier: Any = AutoModelForSequenceClassification.from_pretrained(
-                source, dtype=dtype, trust_remote_code=False, use_safetensors=True
+                source, dtype=dtype, trust_remote_code=False, use_safetensors=True, **at
             )
         except (OSError, ValueError, ImportError) as error:
             raise UserError(

@@ -62,8 +62,14 @@ def read_samples(folder: Path, number: int | None = None) -> list[dict[str, Any]
         of_set = questions.setdefault((row["task"], row["test_set"]), [])
         if not of_set or of_set[-1] != row["question"]:
             of_set.append(row["question"])
-    chosen = {(*test_set, name) for test_set, names in questions.items() for name in names[:: -(-len(names) // number)]}
+    chosen = {(*test_set, name) for test_set, names in questions.items() for name in evenly(names, number)}
     return [row for row in rows if (row["task"], row["test_set"], row["question"]) in chosen]
+
+
+def evenly(names: Sequence[str], number: int) -> list[str]:
+    """`number` of the names, or all if there are not as many, spread over them."""
+    count = min(number, len(names))
+    return [names[place * len(names) // count] for place in range(count)]
 
 
 def page(rows: Sequence[Mapping[str, Any]], width: int = 100) -> Iterator[str]:
@@ -78,7 +84,7 @@ def page(rows: Sequence[Mapping[str, Any]], width: int = 100) -> Iterator[str]:
             yield from _wrapped(row["prompt"], width, "   ")
             yield f"   expected: {row['answer']}"
         verdict = "✓" if row["correct"] else "✗"
-        other = "" if row["correct"] == row["correct_by_other_rules"] else " (the other rules disagree)"
+        other = "" if row["correct_by_other_rules"] in (None, row["correct"]) else " (the other rules disagree)"
         reward = "" if row["reward"] is None else f", reward {row['reward']:.3g}"
         which = "greedy" if row["pass"] == "greedy" else f"sample {row['sample'] + 1}"
         answer = "no answer found" if row["extracted"] is None else f"answer {row['extracted']!r}"

@@ -72,12 +72,15 @@ class Sandbox:
         Raises UserError if this machine cannot confine a program.
         """
         if calls and not self._is_confined:
-            self._check_confinement()
+            self.check_confinement()
         with ThreadPoolExecutor(self._workers) as threads:
             return list(threads.map(self._run, calls))
 
-    def _check_confinement(self) -> None:
-        """Ask once, with a program that does not lie, whether processes can be confined; one that cannot runs nothing anyway."""
+    def check_confinement(self) -> None:
+        """Ask, with a program that does not lie, whether processes can be confined; one that cannot runs nothing anyway.
+
+        Raises UserError if not.
+        """
         answer = _answer(self._output(Call("def f(): return 0", "")))
         if "unconfined" in answer:
             raise UserError(f"the sandbox for generated programs cannot be closed on this machine: {answer['unconfined']}")

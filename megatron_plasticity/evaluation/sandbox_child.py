@@ -26,14 +26,19 @@ _MAY_NOT_WRITE = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 # handlers, clocks, getrandom, futex, status of files, names of folders, exit.
 _ALLOWED = {
     "x86_64": (
-        0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 17, 19, 20, 21, 24, 25, 28, 35, 39, 60, 63, 72, 79, 89, 96, 98,
+        0, 1, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 17, 19, 20, 21, 24, 25, 28, 35, 39, 60, 63, 79, 89, 96, 98,
         100, 102, 104, 107, 108, 131, 186, 202, 204, 217, 219, 228, 229, 230, 231, 262, 267, 269, 318, 324, 332, 334, 439,
     ),
     "aarch64": (
-        17, 25, 29, 48, 57, 61, 62, 63, 64, 65, 66, 67, 73, 78, 79, 80, 93, 94, 98, 101, 113, 114, 115, 123, 124, 128, 132, 134,
+        17, 48, 57, 61, 62, 63, 64, 65, 66, 67, 73, 78, 79, 80, 93, 94, 98, 101, 113, 114, 115, 123, 124, 128, 132, 134,
         135, 139, 153, 160, 165, 169, 172, 174, 175, 176, 177, 178, 214, 215, 216, 222, 226, 233, 278, 283, 291, 293, 439,
     ),
 }  # fmt: skip
+_FCNTL, _IOCTL = 1, 2
+_OPERATIONS = {"x86_64": ((72, _FCNTL), (16, _IOCTL)), "aarch64": ((25, _FCNTL), (29, _IOCTL))}
+_HARMLESS_OPERATIONS = {_FCNTL: (1, 2, 3, 1030), _IOCTL: (0x5401, 0x5451)}
+"""Calls that do many things, and which of them (their second argument) are let through: F_GETFD, F_SETFD, F_GETFL and
+F_DUPFD_CLOEXEC; TCGETS (is it a terminal?) and FIOCLEX. Others send signals, or change files that are open for reading."""
 _OPENS = {"x86_64": ((2, 1), (257, 2)), "aarch64": ((56, 2),)}
 """Calls that open a file, and which of their arguments holds the flags."""
 _ARCHITECTURE = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
@@ -123,6 +128,12 @@ def _filter_program(machine: str) -> bytes:
     ]
     for number in _ALLOWED[machine]:
         lines += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _LET)]
+    for number, kind in _OPERATIONS[machine]:
+        operations = _HARMLESS_OPERATIONS[kind]
+        lines += [(_EQUAL, 0, 2 + 2 * len(operations), number), (_LOAD, 0, 0, _ARGUMENTS_AT + 8)]
+        for operation in operations:
+            lines += [(_EQUAL, 0, 1, operation), (_RETURN, 0, 0, _LET)]
+        lines.append((_RETURN, 0, 0, _REFUSE))
     for number, flags in _OPENS[machine]:
         lines += [
             (_EQUAL, 0, 4, number),

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_plasticity.config.tasks import AnswerKind
 from megatron_plasticity.evaluation.extraction import extract_answer
 from megatron_plasticity.evaluation.grading import Grader, Rules, plain_words
 from megatron_plasticity.evaluation.metrics import (
@@ -26,7 +27,7 @@ from megatron_plasticity.evaluation.metrics import (
 )
 from megatron_plasticity.evaluation.responses import Response
 from megatron_plasticity.evaluation.streams import derived_seed
-from megatron_plasticity.evaluation.tasks.task import Example
+from megatron_plasticity.evaluation.tasks.task import Example, Reference
 
 OTHER: dict[Rules, Rules] = {"own": "paper", "paper": "own"}
 
@@ -82,8 +83,9 @@ class Verdicts:
         return self.by_rules[self.rules]
 
     @property
-    def other(self) -> Graded:
-        return self.by_rules[OTHER[self.rules]]
+    def other(self) -> Graded | None:
+        """None if this machine cannot grade by the other rules."""
+        return self.by_rules.get(OTHER[self.rules])
 
     def results(self, resamples: int, seed: int) -> dict[str, Any]:
         """The test set's part of `results.json`."""
@@ -95,7 +97,7 @@ class Verdicts:
             "questions": len(self.examples),
             "metrics": {name: metric.as_json() for name, metric in metrics.items()},
             "most_common_answer": most_common_answer([answer.extracted for answer in graded.greedy]),
-            "other_rules": self._under_other_rules(),
+            **({} if self.other is None else {"other_rules": self._under_other_rules(self.other)}),
             "greedy_correct": [int(answer.correct) for answer in graded.greedy],
             "sampled_correct": [[int(answer.correct) for answer in row] for row in graded.sampled],
         }
@@ -121,7 +123,8 @@ class Verdicts:
     def rows(self, task: str, test_set: str) -> list[dict[str, Any]]:
         """One row of `samples.parquet` for each response (`samples.SCHEMA`)."""
         rows = []
-        for example, own, other in zip(self.examples, self._rows(self.graded), self._rows(self.other), strict=True):
+        others = [[None] * len(row) for row in self._rows(self.graded)] if self.other is None else self._rows(self.other)
+        for example, own, other in zip(self.examples, self._rows(self.graded), others, strict=True):
             for number, (answer, otherwise) in enumerate(zip(own, other, strict=True)):
                 rows.append(
                     {
@@ -138,7 +141,7 @@ class Verdicts:
                         "extracted": answer.extracted,
                         "answer": example.reference.answer,
                         "correct": answer.correct,
-                        "correct_by_other_rules": otherwise.correct,
+                        "correct_by_other_rules": None if otherwise is None else otherwise.correct,
                         "reward": answer.response.reward,
                     }
                 )
@@ -149,9 +152,9 @@ class Verdicts:
         """[question]: the greedy answer, then the samples."""
         return [[first, *others] for first, others in zip(graded.greedy, graded.sampled, strict=True)]
 
-    def _under_other_rules(self) -> dict[str, Any]:
-        metrics = bootstrap_metrics(self.other.values, 0, 0)
-        pairs = zip(self._rows(self.graded), self._rows(self.other), strict=True)
+    def _under_other_rules(self, other: Graded) -> dict[str, Any]:
+        metrics = bootstrap_metrics(other.values, 0, 0)
+        pairs = zip(self._rows(self.graded), self._rows(other), strict=True)
         return {
             "rules": OTHER[self.rules],
             "responses_that_differ": sum(
@@ -170,15 +173,21 @@ def judge(
 ) -> Verdicts:
     """Read and grade the responses to `examples`: greedy[question][0] and sampled[question][sample]."""
     by_rules: dict[Rules, Graded] = {}
+    kinds: list[AnswerKind] = list(dict.fromkeys(example.reference.kind for example in examples))
     for each in OTHER:
+        if each != rules and not grader.can_grade(kinds, each):
+            continue
         answers = _answers(examples, [[*first, *others] for first, others in zip(greedy, sampled, strict=True)], grader, each)
-        clusters = []
-        for example, row in zip(examples, answers, strict=True):
-            same = partial(grader.equivalent, example.reference, rules=each)
-            clusters.append(cluster_answers([answer.extracted for answer in row[1:]], same))
+        same = partial(_equivalent, [example.reference for example in examples], grader, each)
+        clusters = cluster_answers([[answer.extracted for answer in row[1:]] for row in answers], same)
         by_rules[each] = Graded([row[0] for row in answers], [row[1:] for row in answers], clusters)
-    grader_names = ", ".join(dict.fromkeys(grader.name(example.reference.kind) for example in examples))
-    return Verdicts(examples, rules, by_rules, grader_names)
+    return Verdicts(examples, rules, by_rules, ", ".join(dict.fromkeys(grader.name(kind, rules) for kind in kinds)))
+
+
+def _equivalent(
+    references: Sequence[Reference], grader: Grader, rules: Rules, pairs: Sequence[tuple[int, str, str]]
+) -> list[bool]:
+    return grader.equivalent_all([(references[question], a, b) for question, a, b in pairs], rules)
 
 
 def task_metrics(test_sets: Mapping[str, Verdicts], resamples: int, seed: int) -> dict[str, Any]:

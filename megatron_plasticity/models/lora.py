@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -31,18 +32,12 @@ class Adapters:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shapes of all A and B by parameter name, each A before its B, in the order of the matrices that they belong to."""
-        shapes: dict[str, tuple[int, ...]] = {}
-        for name, shape in parameter_shapes(self.model).items():
-            if self.on(name):
-                module = name.removesuffix(".weight")
-                shapes[f"{module}.lora_A.default.weight"] = (self.config.rank, shape[1])
-                shapes[f"{module}.lora_B.default.weight"] = (shape[0], self.config.rank)
-        return shapes
+        """As `adapter_shapes`."""
+        return adapter_shapes(self.config, self.model)
 
     def on(self, name: str) -> bool:
         """Whether the parameter of this name, as the base model has it, has an A and a B."""
-        return name.endswith(tuple(f".{target}.weight" for target in self.config.targets))
+        return _is_target(self.config, name)
 
     def merge(self, name: str, a: Tensor | None, b: Tensor | None) -> Tensor:
         """W + (alpha/rank)·B·A for the base's matrix W of this name, fp32, on the CPU; W itself where it has no A and B."""
@@ -56,19 +51,39 @@ class Adapters:
         Like initial weights, each A is a pure function of the seed and its name; its distribution is peft's default, uniform in
         ±1/√inputs. Raises UserError if peft is not installed.
         """
-        try:
-            from peft import LoraConfig as PeftConfig
-            from peft import inject_adapter_in_model
-        except ImportError as error:
-            raise UserError(
-                f"lora: needs the package peft, which cannot be imported here ({error}); pip install 'megatron-plasticity[lora]'"
-            ) from None
-        settings = PeftConfig(
+        peft = import_peft()
+        settings = peft.LoraConfig(
             r=self.config.rank, lora_alpha=self.config.alpha, lora_dropout=0.0, target_modules=list(self.config.targets)
         )
-        inject_adapter_in_model(settings, model, low_cpu_mem_usage=True)  # without memory, so that nothing is drawn twice
+        peft.inject_adapter_in_model(settings, model, low_cpu_mem_usage=True)  # without memory, so that nothing is drawn twice
         values = {name: _initial_value(name, shape, seed) for name, shape in self.shapes.items()}
         model.load_state_dict(values, strict=False, assign=True)
+
+
+def adapter_shapes(lora: LoraConfig, model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shapes of all A and B by parameter name, each A before its B, in the order of the matrices that they belong to."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, shape in parameter_shapes(model).items():
+        if _is_target(lora, name):
+            module = name.removesuffix(".weight")
+            shapes[f"{module}.lora_A.default.weight"] = (lora.rank, shape[1])
+            shapes[f"{module}.lora_B.default.weight"] = (shape[0], lora.rank)
+    return shapes
+
+
+def import_peft() -> ModuleType:
+    """The library. Raises UserError if it is not installed."""
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(
+            f"lora: needs the package peft, which cannot be imported here ({error}); pip install 'megatron-plasticity[lora]'"
+        ) from None
+    return peft
+
+
+def _is_target(lora: LoraConfig, name: str) -> bool:
+    return name.endswith(tuple(f".{target}.weight" for target in lora.targets))
 
 
 def _initial_value(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

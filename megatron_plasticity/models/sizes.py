@@ -55,12 +55,27 @@ def parameter_count(config: ModelConfig) -> ParameterCount:
     return ParameterCount(total=total, non_embedding=total - sizes[TOKEN_EMBEDDING] - sizes.get(HEAD, 0))
 
 
-def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
-    """FLOPs of a forward and backward pass per token: 6·N + 12·layers·hidden_size·sequence_length (PaLM, 2204.02311, appendix B).
+def parameter_class(name: str) -> str:
+    """Class of a parameter in norms per class: token_embedding, head, attention, mlp or norm."""
+    if name in (TOKEN_EMBEDDING, HEAD):
+        return "token_embedding" if name == TOKEN_EMBEDDING else "head"
+    if "norm" in name:
+        return "norm"
+    return "attention" if ".attn." in name else "mlp"
 
-    N counts the parameters that are multiplied with each token: all of them but the token embedding, which is a lookup; the head
-    counts whether it is tied or not. Recomputation in activation checkpointing does not count, and attention counts in full
-    although half of it is masked, so that figures compare with published ones.
+
+def flops_per_token(config: ModelConfig, sequence_length: int) -> int:
+    """FLOPs of a forward and backward pass per token of sequences of one length, see `training_flops`."""
+    return training_flops(config, 1, sequence_length)
+
+
+def training_flops(config: ModelConfig, tokens: int, squared_lengths: int) -> int:
+    """FLOPs of a forward and backward pass: 6·N·tokens + 12·layers·hidden_size·Σ length² (PaLM, 2204.02311, appendix B).
+
+    `squared_lengths` is the sum over sequences: each token attends over the length of its own. N counts the parameters that are
+    multiplied with each token: all of them but the token embedding, which is a lookup; the head counts whether it is tied or
+    not. Recomputation in activation checkpointing does not count, and attention counts in full although half of it is masked, so
+    that figures compare with published ones.
     """
     multiplied = parameter_count(config).non_embedding + config.vocab_size * config.hidden_size
-    return 6 * multiplied + 12 * config.layers * config.hidden_size * sequence_length
+    return 6 * multiplied * tokens + 12 * config.layers * config.hidden_size * squared_lengths

@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from megatron_plasticity.config.deepspeed import accumulation_steps
+from megatron_plasticity.config.deepspeed import check_engine
+from megatron_plasticity.config.files import text_hash
 from megatron_plasticity.config.hashing import canonical
 from megatron_plasticity.config.interchange import ImportedBase
 from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.config.study import StudyConfig
-from megatron_plasticity.config.support import check_supported
-from megatron_plasticity.config.training import FinetuneRecipe, PretrainConfig
+from megatron_plasticity.config.training import FinetuneRecipe, PretrainConfig, TrainingRecipe
 from megatron_plasticity.data.probe_sets import probe_inputs
-from megatron_plasticity.errors import ConfigError, UserError
+from megatron_plasticity.errors import ConfigError, UserError, problems_of
 from megatron_plasticity.evaluation.tasks.catalogue import shipped_tasks
 from megatron_plasticity.evaluation.tasks.registry import get_task
-from megatron_plasticity.study.grid import base_name, points, variant_name
+from megatron_plasticity.study.grid import (
+    axes_in_the_way,
+    base_name,
+    equal_points,
+    points,
+    resolved_point,
+    variant_name,
+)
 from megatron_plasticity.study.recipes import finetune_recipe, pretrain_config, variants
 
 
@@ -37,42 +44,44 @@ def check_study(config: StudyConfig, *, tasks_needed: bool = True) -> list[Pretr
             problems.append(
                 f"axes: {axis}: a study is of one text, since its hash is in the name of every run; make a study of each"
             )
+    problems += [*axes_in_the_way(config.axes, "axes"), *axes_in_the_way(config.finetune_axes, "finetune_axes")]
     problems += _problems_of_finetuning(config)
     problems += task_problems(config) if tasks_needed else _problems_of_unknown_tasks(config)
     if config.analyses.probes:
-        problems += _problems_of([partial(probe_inputs, config.analyses.probes)])
+        problems += problems_of([partial(probe_inputs, config.analyses.probes)])
+    if config.analyses.features and config.analyses.features.text:
+        problems += problems_of([partial(text_hash, config.analyses.features.text)])
     grid = [] if config.bases else points(config.axes)
     bases: list[PretrainConfig] = []
-    problems += _problems_of(partial(_check_base, config, point, bases) for point in grid)
+    problems += problems_of(partial(_check_base, config, point, bases) for point in grid)
+    if len(bases) == len(grid):
+        problems += equal_points(grid, bases, "axes")
     _refuse(config, problems)
     return _named(bases, grid)
 
 
 def task_problems(config: StudyConfig) -> list[str]:
     """Why tasks cannot be read: they are unknown, or not prepared."""
-    return _problems_of(partial(get_task, task) for task in config.tasks)
+    return problems_of(partial(get_task, task) for task in config.tasks)
 
 
 def _problems_of_unknown_tasks(config: StudyConfig) -> list[str]:
-    return _problems_of(partial(get_task, task) for task in config.tasks if task.name not in shipped_tasks())
+    return problems_of(partial(get_task, task) for task in config.tasks if task.name not in shipped_tasks())
 
 
 def check_sources(config: StudyConfig, models: Mapping[str, ModelConfig]) -> None:
     """Whether the study's fine-tuning works with the architectures of its imported bases, by name, and whether these are the same
     within a group. Raises ConfigError if not."""
+    from megatron_plasticity.training.preflight import finetuning_problems  # torch, which planning needs for nothing else
+
     problems: list[str] = []
     for first, other in _pairs_of_groups(config):
         one, two = models[first.name].model_dump(), models[other.name].model_dump()
         if differing := [key for key in one if one[key] != two[key]]:
             problems.append(f"bases: {_both(first, other)} differ in {', '.join(differing)}; give one of them another `group`")
     for base in config.bases:
-        model = models[base.name]
         for recipe in _recipes(config, base.finetune):
-            problems += _problems_of([partial(check_supported, recipe, model, f"finetune of {base.name}")])
-            if recipe.max_length > model.context_length:
-                problems.append(
-                    f"finetune.max_length={recipe.max_length} exceeds the context length of {base.name}, {model.context_length}"
-                )
+            problems += [f"finetune of {base.name}: {problem}" for problem in finetuning_problems(recipe, models[base.name])]
     _refuse(config, problems)
 
 
@@ -82,32 +91,29 @@ def _refuse(config: StudyConfig, problems: Iterable[str]) -> None:
         raise ConfigError(f"study {config.name}:\n" + "\n".join(f"  {problem}" for problem in different))
 
 
-def _problems_of(checks: Iterable[Callable[[], Any]]) -> list[str]:
-    """What the checks raise, without the headings that say where in the grid it was found."""
-    problems: list[str] = []
-    for check in checks:
-        try:
-            check()
-        except UserError as error:
-            heading, *rest = str(error).splitlines()
-            problems += [line.strip() for line in rest] or [heading]
-    return problems
-
-
 def _check_base(config: StudyConfig, point: Mapping[str, Any], bases: list[PretrainConfig]) -> None:
     """Append one point's pretraining config, not named yet. Raises ConfigError if it, or what follows from it, cannot work."""
+    from megatron_plasticity.training.preflight import finetuning_problems, pretraining_problems
+
     base = pretrain_config(config, point)
-    accumulation_steps(base.batch, base.parallel.data_parallel_size(config.resources.processes_per_run))
-    problems = list(_problems_of_steps(config, base))
+    problems = [f"base.{problem}" for problem in (*_problems_of_engine(config, base), *pretraining_problems(base))]
+    problems += _problems_of_steps(config, base)
     for recipe in _recipes(config):
-        problems += _problems_of([partial(check_supported, recipe, base.model, "finetune")])
-        if recipe.max_length > base.model.context_length:
-            problems.append(
-                f"finetune.max_length={recipe.max_length} exceeds base.model.context_length={base.model.context_length}"
-            )
+        problems += [f"finetune.{problem}" for problem in finetuning_problems(recipe, base.model)]
     if problems:
         raise ConfigError("\n".join(["base", *problems]))
     bases.append(base)
+
+
+def _problems_of_engine(config: StudyConfig, recipe: TrainingRecipe) -> list[str]:
+    """Of the layout, the batch, the raw DeepSpeed settings, and the checkpoint to start from."""
+    from megatron_plasticity.models.checkpoint import open_checkpoint
+
+    problems = problems_of([partial(check_engine, recipe, config.resources.processes_per_run)])
+    if (start := recipe.checkpoint.resume_from) is not None:
+        opened = problems_of([partial(open_checkpoint, start, verify=False)])
+        problems += [f"checkpoint.resume_from: {problem}" for problem in opened]
+    return problems
 
 
 def _problems_of_steps(config: StudyConfig, base: PretrainConfig) -> Iterator[str]:
@@ -126,19 +132,31 @@ def _problems_of_finetuning(config: StudyConfig) -> Iterator[str]:
     """Problems of the ways to fine-tune, whatever the base."""
     if config.finetune is None:
         return
-    yield from _problems_of(partial(_check_recipe, config, {}, variant) for variant in variants(config))
-    names = [variant_name(variant) for variant in variants(config)]
+    yield from problems_of(partial(_check_recipe, config, {}, variant) for variant in variants(config))
+    ways, recipes = variants(config), list(_recipes(config))
+    if len(recipes) < len(ways):
+        return
+    if equal := list(equal_points(ways, recipes, "finetune_axes")):
+        yield from equal
+        return
+    names = [variant_name(resolved_point(*pair)) for pair in zip(ways, recipes, strict=True)]
     if twice := sorted({name for name in names if names.count(name) > 1}):
-        yield f"finetune_axes: two points of the grid are the same: {', '.join(twice)}"
+        yield f"finetune_axes: two points of the grid would have one name: {', '.join(twice)}"
 
 
 def _check_recipe(config: StudyConfig, changes: Mapping[str, Any], variant: Mapping[str, Any]) -> None:
+    from megatron_plasticity.training.preflight import duration_problems
+
     recipe = finetune_recipe(config, changes, variant)
-    accumulation_steps(recipe.batch, recipe.parallel.data_parallel_size(config.resources.processes_per_run))
+    problems = [f"finetune.{problem}" for problem in _problems_of_engine(config, recipe)]
+    for task in config.tasks:
+        problems += [f"finetune on {task.name}: {problem}" for problem in duration_problems(recipe, task.train_examples)]
     if config.evaluate and config.evaluate.template != recipe.template:
-        raise ConfigError(
+        problems.append(
             "evaluate.template differs from finetune.template: the models would be asked in a form they were not taught"
         )
+    if problems:
+        raise ConfigError("\n".join(["finetune", *problems]))
 
 
 def _recipes(config: StudyConfig, changes: Mapping[str, Any] | None = None) -> Iterator[FinetuneRecipe]:
@@ -161,7 +179,7 @@ def _problems_of_bases(config: StudyConfig) -> Iterator[str]:
         if base.finetune and config.finetune is None:
             yield f"bases: {base.name} changes `finetune`, which the study does not have"
         elif base.finetune:
-            yield from _problems_of(partial(_check_recipe, config, base.finetune, variant) for variant in variants(config))
+            yield from problems_of(partial(_check_recipe, config, base.finetune, variant) for variant in variants(config))
             yield from (
                 f"bases: {base.name} changes finetune.{axis}, which is one of `finetune_axes`; leave it out of one of the two"
                 for axis in config.finetune_axes
@@ -173,6 +191,11 @@ def _problems_of_bases(config: StudyConfig) -> Iterator[str]:
         yield f"bases: two models of group {group!r} have λ = {weight_decay:g}; give what differs otherwise another `group`"
     if config.analyses.overfitting:
         yield "analyses.overfitting: the gap is over the data of pretraining, which is not known of imported models; leave it out"
+    if config.analyses.features and not config.analyses.features.text:
+        yield (
+            "analyses.features: its sequences are held-out ones of pretraining, which are not known of imported models; name a "
+            "text to take them from by `text`"
+        )
     if config.analyses.attention and config.analyses.attention.map_sequences:
         yield (
             "analyses.attention.map_sequences: maps are of held-out sequences of pretraining, which are not known of imported "
@@ -215,9 +238,10 @@ def _both(first: ImportedBase, other: ImportedBase) -> str:
 
 def _named(bases: list[PretrainConfig], grid: list[dict[str, Any]]) -> list[PretrainConfig]:
     """The configs with a name each, in as few digits as tell them apart."""
+    resolved = [resolved_point(point, base) for base, point in zip(bases, grid, strict=True)]
     for digits in (3, 6, 17):
-        names = [base_name(base.weight_decay, point, digits) for base, point in zip(bases, grid, strict=True)]
+        names = [base_name(base.weight_decay, point, digits) for base, point in zip(bases, resolved, strict=True)]
         if len(set(names)) == len(names):
             return [base.model_copy(update={"name": name}) for base, name in zip(bases, names, strict=True)]
     twice = sorted({name for name in names if names.count(name) > 1})
-    raise ConfigError(f"axes: two points of the grid are the same: {', '.join(twice)}")
+    raise ConfigError(f"axes: two points of the grid would have one name: {', '.join(twice)}")

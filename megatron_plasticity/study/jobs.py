@@ -22,6 +22,7 @@ _JOBS = {
     "attention": ("megatron_plasticity.analysis.jobs", "attention"),
     "truncation": ("megatron_plasticity.analysis.jobs", "truncation"),
     "overfitting": ("megatron_plasticity.analysis.jobs", "overfitting"),
+    "features": ("megatron_plasticity.analysis.jobs", "features"),
 }
 JOB_MODULES = sorted({module for module, _ in _JOBS.values()})
 # Runs of these kinds may be spread over several processes.

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_plasticity.config.analysis import AttentionConfig, OverfittingConfig, ProbesConfig
+from megatron_plasticity.config.analysis import AnalysesConfig, AttentionConfig, FeaturesConfig, OverfittingConfig, ProbesConfig
 from megatron_plasticity.config.base import Section
-from megatron_plasticity.config.evaluation import EvaluateConfig
+from megatron_plasticity.config.evaluation import EvaluateConfig, EvaluateRecipe
+from megatron_plasticity.config.files import text_hash
 from megatron_plasticity.config.hashing import config_hash
 from megatron_plasticity.config.load import merge
 from megatron_plasticity.config.study import StudyConfig
@@ -19,10 +20,12 @@ from megatron_plasticity.config.tasks import TaskConfig
 from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig
 from megatron_plasticity.data.probe_sets import probe_inputs
 from megatron_plasticity.errors import ConfigError
-from megatron_plasticity.evaluation.tasks.registry import get_task, task_inputs
+from megatron_plasticity.evaluation.inputs import evaluation_inputs
+from megatron_plasticity.evaluation.tasks.registry import get_task
 from megatron_plasticity.study.check import check_study
-from megatron_plasticity.study.grid import points, variant_name
+from megatron_plasticity.study.grid import points, resolved_point, variant_name
 from megatron_plasticity.study.recipes import corpus_folder, finetune_recipe, import_configs, study_folder, variants
+from megatron_plasticity.training.activations import capture_inputs
 
 
 @dataclass(frozen=True)
@@ -86,17 +89,30 @@ def plan_study(
     place: the hashes of what each import reads, by the name of the base. Raises ConfigError if any cell's config is not valid.
     """
     bases = check_study(config)
-    tasks = [_TaskInputs.of(task) for task in config.tasks]
+    tasks = [_TaskInputs.of(task, config.evaluate) for task in config.tasks]
     roots = _imports(config, sources or {}) if config.bases else _pretrainings(config, bases, corpus_hash or "")
-    probed = probe_inputs(config.analyses.probes) if config.analyses.probes else {}
+    read = _texts_read(config.analyses)
     cells: list[PlannedCell] = []
     for root, finetune_changes in roots:
-        cells += [root, *_analyses(config, root, probed)]
+        cells += [root, *_analyses(config, root, read)]
         for step in (None, *sorted(config.finetune_steps)):
             cells += _plasticity(config, _Base(root, step), finetune_changes, tasks)
     if twice := [name for name, count in Counter(cell.id for cell in cells).items() if count > 1]:
         raise ConfigError(f"study {config.name}: two runs would have one name; call a base model otherwise: {', '.join(twice)}")
+    _refuse_equal_runs(config, cells)
     return StudyPlan(config, study_folder(config), tuple(cells), corpus_folder(config))
+
+
+def _refuse_equal_runs(config: StudyConfig, cells: Iterable[PlannedCell]) -> None:
+    """Equal runs under two names would count as independent evidence, and be done twice."""
+    first: dict[tuple[str, str], str] = {}
+    for cell in cells:
+        if (same := first.setdefault((cell.kind, _hash_of(cell)), cell.id)) != cell.id:
+            where = {"import": "bases", "pretrain": "axes"}.get(cell.kind, "finetune_axes")
+            raise ConfigError(
+                f"study {config.name}: {where}: {same} and {cell.id} are one run under two names, with equal results; leave one of "
+                "them out"
+            )
 
 
 _Root = tuple[PlannedCell, Mapping[str, Any]]
@@ -135,15 +151,20 @@ class _TaskInputs:
     of_evaluate: Mapping[str, str]
 
     @classmethod
-    def of(cls, config: TaskConfig) -> _TaskInputs:
+    def of(cls, config: TaskConfig, recipe: EvaluateRecipe | None) -> _TaskInputs:
         identity = get_task(config).identity
-        return cls(config, {"task": identity} if identity else {}, task_inputs((config,)))
+        return cls(config, {"task": identity} if identity else {}, evaluation_inputs(recipe, (config,)) if recipe else {})
 
 
 def _pretrainings(config: StudyConfig, bases: list[PretrainConfig], corpus_hash: str) -> Iterator[_Root]:
     for base, point in zip(bases, points(config.axes), strict=True):
-        common = {"point": point, "weight_decay": base.weight_decay, "adamw_timescale": base.adamw_timescale}
-        yield _cell("pretrain", base.name, base, {"corpus": corpus_hash}, **common), {}
+        common = {
+            "point": resolved_point(point, base),
+            "weight_decay": base.weight_decay,
+            "adamw_timescale": base.adamw_timescale,
+        }
+        inputs = {"corpus": corpus_hash, **capture_inputs(base.capture)}
+        yield _cell("pretrain", base.name, base, inputs, **common), {}
 
 
 def _imports(config: StudyConfig, sources: Mapping[str, Mapping[str, str]]) -> Iterator[_Root]:
@@ -153,8 +174,8 @@ def _imports(config: StudyConfig, sources: Mapping[str, Mapping[str, str]]) -> I
         yield _cell("import", base.name, imported, dict(sources[base.name]), **common), base.finetune
 
 
-def _analyses(config: StudyConfig, root: PlannedCell, probed: Mapping[str, str]) -> Iterator[PlannedCell]:
-    """What is looked at inside a base model; `probed` are the hashes of the texts that probes read."""
+def _analyses(config: StudyConfig, root: PlannedCell, read: Mapping[str, Mapping[str, str]]) -> Iterator[PlannedCell]:
+    """What is looked at inside a base model; `read` are hashes of the texts that each kind of analysis reads."""
     base = _Base(root, None)
     analyses = config.analyses
     of_base = {"name": base.name, "output": study_folder(config), "run": base.folder}
@@ -162,10 +183,20 @@ def _analyses(config: StudyConfig, root: PlannedCell, probed: Mapping[str, str])
         ("probes", ProbesConfig, analyses.probes),
         ("attention", AttentionConfig, analyses.attention),
         ("overfitting", OverfittingConfig, analyses.overfitting),
+        ("features", FeaturesConfig, analyses.features),
     ):
         if recipe:
-            inputs = {"model": base.identity, **(probed if kind == "probes" else {})}
+            inputs = {"model": base.identity, **read.get(kind, {})}
             yield _child(kind, cls(**recipe.model_dump(), **of_base), inputs, root)
+
+
+def _texts_read(analyses: AnalysesConfig) -> dict[str, Mapping[str, str]]:
+    """Kind of analysis → hashes of the texts that it reads, by name."""
+    text = analyses.features.text if analyses.features else None
+    return {
+        "probes": probe_inputs(analyses.probes) if analyses.probes else {},
+        "features": {"text": text_hash(text)} if text else {},
+    }
 
 
 def _plasticity(config: StudyConfig, base: _Base, changes: Mapping[str, Any], tasks: list[_TaskInputs]) -> Iterator[PlannedCell]:
@@ -175,7 +206,7 @@ def _plasticity(config: StudyConfig, base: _Base, changes: Mapping[str, Any], ta
     assert config.evaluate is not None  # check_study
     output = study_folder(config)
     asked = EvaluateConfig(**config.evaluate.model_dump(), tasks=config.tasks, name=base.name, output=output, run=base.folder)
-    inputs = {"model": base.identity, **task_inputs(config.tasks)}
+    inputs = {"model": base.identity, **evaluation_inputs(config.evaluate, config.tasks)}
     yield _child("evaluate", asked, inputs, base.root, step=base.step)
     for task in tasks:
         for variant in variants(config):
@@ -188,7 +219,7 @@ def _plasticity(config: StudyConfig, base: _Base, changes: Mapping[str, Any], ta
                 run=finetune.folder,
             )
             inputs = {"model": _hash_of(finetune), **task.of_evaluate}
-            what = {"task": task.config.name, "variant": variant, "step": base.step}
+            what = {"task": task.config.name, "variant": finetune.variant, "step": base.step}
             yield finetune
             yield _child("evaluate", evaluation, inputs, finetune, **what)
 
@@ -196,11 +227,13 @@ def _plasticity(config: StudyConfig, base: _Base, changes: Mapping[str, Any], ta
 def _finetune_cell(
     config: StudyConfig, base: _Base, changes: Mapping[str, Any], task: _TaskInputs, variant: Mapping[str, Any]
 ) -> PlannedCell:
-    recipe = merge(finetune_recipe(config, changes, variant).model_dump(), {"logging": {"mlflow": False}})
+    recipe = finetune_recipe(config, changes, variant)
+    tree = merge(recipe.model_dump(), {"logging": {"mlflow": False}})
+    variant = resolved_point(variant, recipe)
     name = "-".join(part for part in (base.name, task.config.name, variant_name(variant)) if part)
-    finetune = FinetuneConfig(**recipe, name=name, output=study_folder(config), base=base.folder, task=task.config)
-    what = {"task": task.config.name, "variant": variant, "step": base.step}
-    return _child("finetune", finetune, {"base": base.identity, **task.of_finetune}, base.root, **what)
+    finetune = FinetuneConfig(**tree, name=name, output=study_folder(config), base=base.folder, task=task.config)
+    inputs = {"base": base.identity, **task.of_finetune, **capture_inputs(recipe.capture)}
+    return _child("finetune", finetune, inputs, base.root, task=task.config.name, variant=variant, step=base.step)
 
 
 def _child(kind: str, config: Any, inputs: dict[str, str], parent: PlannedCell, **what: Any) -> PlannedCell:
@@ -210,7 +243,12 @@ def _child(kind: str, config: Any, inputs: dict[str, str], parent: PlannedCell, 
 
 
 def _cell(kind: str, name: str, config: Any, inputs: dict[str, str], **what: Any) -> PlannedCell:
-    folder = config.output / f"{kind}-{name}-{config_hash(config, **inputs)}"
+    """A cell in the folder of an equal run, if there is one: what a run is called may depend on the other points of a grid."""
+    digest = config_hash(config, **inputs)
+    folder = config.output / f"{kind}-{name}-{digest}"
+    if not folder.is_dir() and (known := sorted(config.output.glob(f"{kind}-*-{digest}"))):
+        folder = known[0]
+        config = config.model_copy(update={"name": folder.name.removeprefix(f"{kind}-").removesuffix(f"-{digest}")})
     return PlannedCell(f"{kind}-{name}", kind, config, folder, **what)
 
 

@@ -15,7 +15,14 @@ from typing import Any, Literal
 from megatron_plasticity.data.ledger import read_ledger
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.study.grid import value_text
-from megatron_plasticity.study.scores import TaskScores, average_over_seeds, bootstrap_settings, number, read_scores
+from megatron_plasticity.study.scores import (
+    TaskScores,
+    asked_alike,
+    average_over_seeds,
+    bootstrap_settings,
+    number,
+    read_scores,
+)
 from megatron_plasticity.tracking.metrics import read_metrics
 from megatron_plasticity.tracking.run_folder import RunFolder, RunState
 
@@ -102,6 +109,7 @@ class BaseModel:
     probes: Cell | None = None
     attention: Cell | None = None
     overfitting: Cell | None = None
+    features: Cell | None = None
     passes: float | None = None
     """How often the run went over its training data, on average; None where that is not known."""
 
@@ -116,12 +124,27 @@ class BaseModel:
 
 
 @dataclass(frozen=True)
+class UnequalSeeds:
+    """An outcome at which some λ lack seeds of fine-tuning that others finished."""
+
+    outcome: str
+    step: int | None
+    """Pretraining step of the checkpoint; None for the last."""
+    compared: tuple[str, ...]
+    """The seeds that all have, over which scores are averaged. Empty: there is nothing to compare, and no λ has a score."""
+    lacking: Mapping[float, tuple[str, ...]]
+    """λ → seeds that it lacks."""
+
+
+@dataclass(frozen=True)
 class Group:
     """The base models that differ in weight decay only, by ascending λ."""
 
     label: str
     """Values of the other axes of the grid, empty when λ is the only one."""
     models: tuple[BaseModel, ...]
+    unequal_seeds: tuple[UnequalSeeds, ...] = ()
+    """Where a run that is missing at one λ leaves seeds of others out; the λ that have none at all are not among them."""
 
 
 @dataclass(frozen=True)
@@ -292,52 +315,105 @@ def _series(path: Path) -> dict[str, Series]:
 
 
 def _groups(cells: tuple[Cell, ...], config: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]]) -> Iterator[Group]:
-    by_label: dict[str, list[BaseModel]] = {}
+    by_label: dict[str, list[Cell]] = {}
     for cell in cells:
         if cell.kind in BASE_KINDS:
-            label = ", ".join(f"{path} = {value}" for path, value in cell.point.items() if path not in WEIGHT_DECAY_PATHS)
-            by_label.setdefault(label, []).append(_base_model(cell, cells, config, variants))
-    for label, models in by_label.items():
-        yield Group(label, tuple(sorted(models, key=lambda model: model.weight_decay)))
+            label = ", ".join(
+                f"{path} = {value_text(value)}" for path, value in cell.point.items() if path not in WEIGHT_DECAY_PATHS
+            )
+            by_label.setdefault(label, []).append(cell)
+    for label, bases in by_label.items():
+        bases.sort(key=lambda cell: cell.weight_decay)
+        runs = [_runs_by_step(base, cells, config, variants) for base in bases]
+        paired = _paired_seeds(runs)
+        models = [_base_model(base, cells, by_step, paired, config) for base, by_step in zip(bases, runs, strict=True)]
+        yield Group(label, tuple(models), tuple(_unequal_seeds(bases, runs, paired)))
 
 
-def _base_model(
-    pretrain: Cell, cells: tuple[Cell, ...], config: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]]
-) -> BaseModel:
-    children = [cell for cell in cells if cell.parent == pretrain.id]
-    finetunes = {cell.id for cell in children if cell.kind == "finetune"}
-    evaluations = [cell for cell in cells if cell.kind == "evaluate" and (cell.parent == pretrain.id or cell.parent in finetunes)]
-    scores = {step: _checkpoint_scores(evaluations, step, config, variants) for step in {None, *(c.step for c in evaluations)}}
-    analyses = {cell.kind: cell for cell in children if cell.status == "done"}
-    overfitting = analyses.get("overfitting")
-    return BaseModel(
-        pretrain=pretrain,
-        base_scores=scores[None].base_scores,
-        finetuned_scores=scores[None].finetuned_scores,
-        earlier={step: scores[step] for step in sorted(step for step in scores if step is not None)},
-        probes=analyses.get("probes"),
-        attention=analyses.get("attention"),
-        overfitting=overfitting,
-        passes=_passes(pretrain, overfitting),
-    )
+@dataclass(frozen=True)
+class _Runs:
+    """The evaluations of one checkpoint of a base model and of what was fine-tuned from it."""
+
+    base: dict[str, TaskScores] = field(default_factory=dict)
+    """By task."""
+    repeats: dict[str, dict[str, TaskScores]] = field(default_factory=dict)
+    """Name of the outcome → seed of fine-tuning → scores; the seed is empty without an axis of seeds."""
 
 
-def _checkpoint_scores(
-    evaluations: list[Cell], step: int | None, config: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]]
-) -> CheckpointScores:
-    """Of the evaluations of a base model and of what was fine-tuned from it, those of one checkpoint."""
-    base: dict[str, TaskScores] = {}
-    repeats: dict[str, dict[str, TaskScores]] = {}
-    for cell in evaluations:
-        scores = read_scores(cell.results, config) if cell.step == step else {}
+_RunsByStep = Mapping[int | None, _Runs]
+_Paired = Mapping[tuple[int | None, str], tuple[str, ...]]
+"""Step and outcome → the seeds that every λ of a group has, of those that have any."""
+
+
+def _runs_by_step(
+    base: Cell, cells: tuple[Cell, ...], config: Mapping[str, Any], variants: Mapping[str, Mapping[str, Any]]
+) -> _RunsByStep:
+    finetunes = {cell.id for cell in cells if cell.parent == base.id and cell.kind == "finetune"}
+    by_step: dict[int | None, _Runs] = {None: _Runs()}
+    for cell in cells:
+        if cell.kind != "evaluate" or not (cell.parent == base.id or cell.parent in finetunes):
+            continue
+        runs = by_step.setdefault(cell.step, _Runs())
+        scores = read_scores(cell.results, config)
         if cell.task is None:
-            base |= scores
+            runs.base.update(scores)
         elif cell.task in scores:
             point = _without_seed(cell.variant)
             name = _outcome_name(cell.task, next((label for label, other in variants.items() if other == point), ""))
-            repeats.setdefault(name, {})[str(cell.variant.get(SEED, ""))] = scores[cell.task]
-    return CheckpointScores(
-        base, {name: average_over_seeds(found, *bootstrap_settings(config)) for name, found in repeats.items()}
+            runs.repeats.setdefault(name, {})[str(cell.variant.get(SEED, ""))] = scores[cell.task]
+    for runs in by_step.values():
+        runs.repeats.update({name: asked_alike(found) for name, found in runs.repeats.items()})
+    return by_step
+
+
+def _paired_seeds(of_bases: Sequence[_RunsByStep]) -> _Paired:
+    """λ are compared over the same seeds, so that a seed that failed at one of them does not count at the others either."""
+    paired: dict[tuple[int | None, str], tuple[str, ...]] = {}
+    for by_step in of_bases:
+        for step, runs in by_step.items():
+            for name, found in runs.repeats.items():
+                seeds = paired.setdefault((step, name), tuple(found))
+                paired[step, name] = tuple(seed for seed in seeds if seed in found)
+    return paired
+
+
+def _unequal_seeds(bases: Sequence[Cell], of_bases: Sequence[_RunsByStep], paired: _Paired) -> Iterator[UnequalSeeds]:
+    for (step, name), compared in paired.items():
+        finished = {
+            base.weight_decay: list(by_step[step].repeats[name])
+            for base, by_step in zip(bases, of_bases, strict=True)
+            if step in by_step and name in by_step[step].repeats
+        }
+        every = list(dict.fromkeys(seed for seeds in finished.values() for seed in seeds))
+        lacking = {decay: tuple(seed for seed in every if seed not in seeds) for decay, seeds in finished.items()}
+        if any(lacking.values()):
+            yield UnequalSeeds(name, step, compared, {decay: seeds for decay, seeds in lacking.items() if seeds})
+
+
+def _base_model(
+    base: Cell, cells: tuple[Cell, ...], by_step: _RunsByStep, paired: _Paired, config: Mapping[str, Any]
+) -> BaseModel:
+    def averages(step: int | None) -> dict[str, TaskScores]:
+        return {
+            name: average_over_seeds({seed: found[seed] for seed in paired[step, name]}, *bootstrap_settings(config))
+            for name, found in by_step[step].repeats.items()
+            if paired[step, name]
+        }
+
+    analyses = {cell.kind: cell for cell in cells if cell.parent == base.id and cell.status == "done"}
+    overfitting = analyses.get("overfitting")
+    return BaseModel(
+        pretrain=base,
+        base_scores=by_step[None].base,
+        finetuned_scores=averages(None),
+        earlier={
+            step: CheckpointScores(by_step[step].base, averages(step)) for step in sorted(step for step in by_step if step is not None)
+        },
+        probes=analyses.get("probes"),
+        attention=analyses.get("attention"),
+        overfitting=overfitting,
+        features=analyses.get("features"),
+        passes=_passes(base, overfitting),
     )
 
 

@@ -40,7 +40,7 @@ STUDY_FILE = "study.json"
 SECONDS_TO_STOP = 120.0
 _SECONDS_BETWEEN_LOOKS = 0.5
 # Long runs first: what is left at the end is short, so that no slot stays idle for long.
-_ORDER = ("import", "pretrain", "finetune", "overfitting", "probes", "attention", "evaluate")
+_ORDER = ("import", "pretrain", "finetune", "overfitting", "features", "probes", "attention", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,8 @@ class _Slots:
             name=cell.id,
             log=cell.folder / "log",
             threads=self.threads,
-            environment={"CUDA_VISIBLE_DEVICES": ",".join(devices)} if devices else None,
+            # None of them for a study on the CPU: analyses take a GPU where they see one.
+            environment={"CUDA_VISIBLE_DEVICES": ",".join(devices)},
         )
 
     def run_alone(self, name: str, target: Any, arguments: tuple[Any, ...], log: Path, stop: StopSignal) -> None:

@@ -57,7 +57,7 @@ class TaskScores:
     test_sets: tuple[SetScores, ...] = ()
     """Empty for a task with one test set without groups, whose scores are those of the task."""
     by_seed: Mapping[str, float] = field(default_factory=dict)
-    """Seed of fine-tuning → greedy score, where this is an average over several."""
+    """Seed of fine-tuning → greedy score, of the seeds that this is an average over; empty without an axis of seeds."""
 
     @property
     def strata(self) -> tuple[int, ...]:
@@ -134,22 +134,34 @@ def _reward_kind(entry: Mapping[str, Any], config: Mapping[str, Any]) -> str | N
     return str(reward["kind"]) if isinstance(reward, Mapping) and reward.get("kind") not in (None, "none") else None
 
 
-def average_over_seeds(found: Mapping[str, TaskScores], resamples: int, seed: int) -> TaskScores:
-    """One record of models that differ in the seed of fine-tuning alone, by that seed: the mean correctness of each question.
-
-    The interval of the greedy score is over questions, as everywhere; other metrics are means over the seeds without intervals.
-    Seeds whose questions are not those of the first are left out.
-    """
+def asked_alike(found: Mapping[str, TaskScores]) -> dict[str, TaskScores]:
+    """Of models by seed, those that were asked what the first was."""
     first, *_ = found.values()
     asked = (len(first.greedy_correct), first.questions_sha256, first.strata)
-    alike = {
+    return {
         name: scores
         for name, scores in found.items()
         if (len(scores.greedy_correct), scores.questions_sha256, scores.strata) == asked
     }
-    if len(alike) == 1 or not first.greedy_correct:
+
+
+def average_over_seeds(found: Mapping[str, TaskScores], resamples: int, seed: int) -> TaskScores:
+    """One record of models that differ in the seed of fine-tuning alone, by that seed: the mean correctness of each question.
+
+    The interval of the greedy score is over questions, as everywhere; other metrics are means over the seeds without intervals.
+    All must have been asked alike. Without an axis of seeds there is one model, under an empty name.
+    """
+    repeats = list(found.values())
+    first = repeats[0]
+    if not first.greedy_correct:
         return first
-    repeats = list(alike.values())
+    by_seed = {
+        name: float(mean_over_strata(np.asarray(scores.greedy_correct), first.strata or (len(first.greedy_correct),)))
+        for name, scores in found.items()
+        if name
+    }
+    if len(repeats) == 1:
+        return replace(first, by_seed=by_seed)
     correct = tuple(map(fmean, zip(*(scores.greedy_correct for scores in repeats), strict=True)))
     point = GridPoint(0.0, None, {first.task: TaskOutcome(correct, strata=first.strata)})
     curve = task_curve([point], first.task, resamples, seed)
@@ -162,10 +174,7 @@ def average_over_seeds(found: Mapping[str, TaskScores], resamples: int, seed: in
         greedy_correct=correct,
         grader=", ".join(dict.fromkeys(scores.grader for scores in repeats if scores.grader)) or None,
         test_sets=tuple(_mean_set(parts) for parts in zip(*(scores.test_sets for scores in repeats), strict=True)),
-        by_seed={
-            name: float(mean_over_strata(np.asarray(scores.greedy_correct), first.strata or (len(correct),)))
-            for name, scores in alike.items()
-        },
+        by_seed=by_seed,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pyarrow
 import pyarrow.parquet
@@ -38,15 +38,24 @@ def send_models(client: MlflowClient, run: Run, made: str | None, read: str | No
 
 
 def send_table(client: MlflowClient, run: Run, samples: Path) -> None:
-    """Put rows spread evenly over `samples.parquet` beside the run, once. Raises UserError if the store does not take them."""
+    """Put answers to questions spread evenly over `samples.parquet` beside the run, once; all answers to each. Raises UserError if the store does not take them."""
     if TABLE_FILE in run.data.tags.get("mlflow.loggedArtifacts", ""):
         return
     try:
-        rows = pyarrow.parquet.read_table(samples).to_pylist()
-        rows = rows[:: -(-len(rows) // TABLE_ROWS)] if rows else rows
+        rows = _some_questions(pyarrow.parquet.read_table(samples).to_pylist())
         client.log_table(run.info.run_id, {name: [row[name] for row in rows] for name in rows[0]}, TABLE_FILE)
     except Exception as error:  # of the artifact store, which may be a service of its own
         raise UserError(f"{samples}: could not be put beside the MLflow run: {without_credentials(str(error))}") from None
+
+
+def _some_questions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    questions: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        questions.setdefault((row["task"], row["test_set"], row["question"]), []).append(row)
+    answers = max(map(len, questions.values()), default=1)
+    count = min(len(questions), max(1, TABLE_ROWS // answers))
+    names = list(questions)
+    return [row for place in range(count) for row in questions[names[place * len(names) // count]]][:TABLE_ROWS]
 
 
 def _model_id(client: MlflowClient, experiment_id: str, identity: str) -> str:

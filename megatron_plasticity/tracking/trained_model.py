@@ -9,6 +9,7 @@ from typing import Any
 
 from megatron_plasticity.config.analysis import (
     AttentionConfig,
+    FeaturesConfig,
     ModelCaptureConfig,
     OverfittingConfig,
     ProbesConfig,
@@ -73,14 +74,21 @@ class TrainedModel:
             raise UserError(
                 f"{self.run.path}: was pretrained elsewhere, so its training data is not known here. The train–validation gap "
                 "and attention maps need it; set `map_sequences: 0` for the spectra of the attention matrices alone. The loss of "
-                "truncated heads is measured on any text: name one by `text`"
+                "truncated heads and features are measured on any text: name one by `text`"
             )
         assert isinstance(config, PretrainConfig), "only runs of these kinds have checkpoints"
         return self.run
 
 
 ModelReading = (
-    EvaluateConfig | HarnessConfig | ModelCaptureConfig | ProbesConfig | AttentionConfig | TruncationConfig | OverfittingConfig
+    EvaluateConfig
+    | HarnessConfig
+    | ModelCaptureConfig
+    | ProbesConfig
+    | AttentionConfig
+    | TruncationConfig
+    | OverfittingConfig
+    | FeaturesConfig
 )
 
 

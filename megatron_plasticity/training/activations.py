@@ -20,10 +20,16 @@ from megatron_plasticity.capture.sequences import CapturedSequences
 from megatron_plasticity.capture.writer import ActivationWriter
 from megatron_plasticity.config.analysis import CaptureConfig
 from megatron_plasticity.data.micro_batch import MicroBatch
+from megatron_plasticity.evaluation.capture_sequences import sequence_inputs
 from megatron_plasticity.models.partition import stage_of
 from megatron_plasticity.training.engine import TrainingEngine
 from megatron_plasticity.training.loop import Callback, StepOutcome
 from megatron_plasticity.training.session import TrainingSession
+
+
+def capture_inputs(config: CaptureConfig | None) -> dict[str, str]:
+    """Hashes of what a training run reads for its dumps, which enter its hash. Raises UserError if that is not there."""
+    return {} if config is None else {f"capture_{name}": digest for name, digest in sequence_inputs(config).items()}
 
 
 def record_activations(

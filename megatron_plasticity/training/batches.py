@@ -7,16 +7,18 @@ data-parallel rank (pipeline stages, tensor-parallel ranks) see the same sequenc
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Protocol
+
+import numpy as np
 
 from megatron_plasticity.config.deepspeed import accumulation_steps
 from megatron_plasticity.config.training import BatchConfig, Batching
 from megatron_plasticity.data.blocks import BlockReader
 from megatron_plasticity.data.micro_batch import MicroBatch
 from megatron_plasticity.data.order import SampleOrder
-from megatron_plasticity.data.sft import EncodedExample, collate, pack
+from megatron_plasticity.data.sft import EncodedExample, EncodedExamples, collate, pack
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.parallel.grid import ProcessGrid
 
@@ -31,6 +33,8 @@ class StepBatch:
     """Targets that count towards the loss, in the whole global batch."""
     input_tokens: int
     """Tokens that are not padding, in the whole global batch."""
+    squared_lengths: int
+    """Sum of the squares of the lengths of its texts, without padding, which is what attention costs."""
 
 
 class Batches(Protocol):
@@ -53,8 +57,20 @@ class PretrainBatches:
         size = self._batch.global_batch_size
         blocks = self._order.blocks(step * size, (step + 1) * size)
         micro_batches = [MicroBatch(*self._reader.batch(blocks[part])) for part in _slices(self._batch, self._grid)]
-        tokens = size * self._reader.sequence_length
-        return StepBatch(micro_batches, target_tokens=tokens, input_tokens=tokens)
+        length = self._reader.sequence_length
+        return StepBatch(micro_batches, size * length, size * length, size * length**2)
+
+
+def finetuning_steps(examples: int, epochs: int, batch: BatchConfig) -> int:
+    """Optimizer steps on so many usable examples. Raises UserError when all epochs together do not fill one global batch."""
+    steps = examples * epochs // batch.global_batch_size
+    if not steps:
+        raise UserError(
+            f"task.train_examples: {examples} usable examples times epochs={epochs} do not fill one batch of "
+            f"batch.global_batch_size={batch.global_batch_size}; raise task.train_examples or epochs, or lower "
+            "batch.global_batch_size"
+        )
+    return steps
 
 
 class FinetuneBatches:
@@ -67,7 +83,7 @@ class FinetuneBatches:
 
     def __init__(
         self,
-        examples: Sequence[EncodedExample],
+        examples: EncodedExamples,
         epochs: int,
         batch: BatchConfig,
         grid: ProcessGrid,
@@ -76,13 +92,7 @@ class FinetuneBatches:
         batching: Batching = "as_drawn",
     ) -> None:
         """Raises UserError when all epochs together do not fill one global batch."""
-        self.steps = len(examples) * epochs // batch.global_batch_size
-        if not self.steps:
-            raise UserError(
-                f"task.train_examples: {len(examples)} usable examples times epochs={epochs} do not fill one batch of "
-                f"batch.global_batch_size={batch.global_batch_size}; raise task.train_examples or epochs, or lower "
-                "batch.global_batch_size"
-            )
+        self.steps = finetuning_steps(len(examples), epochs, batch)
         self._examples, self._batch, self._grid, self._padding_id = examples, batch, grid, padding_id
         self._batching: Batching = batching
         self._order = SampleOrder(len(examples), seed)
@@ -94,18 +104,19 @@ class FinetuneBatches:
             [self._micro_batch(chosen[part]) for part in _slices(self._batch, self._grid)],
             target_tokens=sum(example.response_length for example in chosen),
             input_tokens=sum(example.input_length for example in chosen),
+            squared_lengths=sum(example.input_length**2 for example in chosen),
         )
 
     def padding_share(self) -> float:
         """Share of all positions that the run computes, on all ranks, that hold no token. It depends on the layout."""
-        tokens = positions = 0
-        micro = self._batch.micro_batch_size
-        for step in range(self.steps):
-            chosen = self._chosen(step)
-            tokens += sum(example.input_length for example in chosen)
-            for start in range(0, len(chosen), micro):
-                positions += self._micro_batch(chosen[start : start + micro]).inputs.numel()
-        return 1.0 - tokens / positions
+        size, micro = self._batch.global_batch_size, self._batch.micro_batch_size
+        lengths = self._examples.input_lengths[self._order.blocks(0, self.steps * size)].reshape(self.steps, size)
+        if self._batching != "as_drawn":
+            lengths = np.sort(lengths)[:, ::-1]
+        parts = lengths.reshape(self.steps, size // micro, micro)
+        rows, columns = (1, parts.sum(axis=2)) if self._batching == "packed" else (micro, parts.max(axis=2))
+        positions = rows * int((-(-columns // self._multiple) * self._multiple).sum())
+        return 1.0 - int(lengths.sum()) / positions
 
     def _chosen(self, step: int) -> list[EncodedExample]:
         """The global batch in the order in which it is cut into micro-batches."""
@@ -113,9 +124,13 @@ class FinetuneBatches:
         chosen = [self._examples[i] for i in self._order.blocks(step * size, (step + 1) * size)]
         return chosen if self._batching == "as_drawn" else sorted(chosen, key=lambda example: -example.input_length)
 
-    def _micro_batch(self, examples: Sequence[EncodedExample]) -> MicroBatch:
-        multiple = self._grid.tensor.size if self._grid.tensor.sequence else 1
-        return (pack if self._batching == "packed" else collate)(examples, self._padding_id, multiple)
+    def _micro_batch(self, examples: list[EncodedExample]) -> MicroBatch:
+        return (pack if self._batching == "packed" else collate)(examples, self._padding_id, self._multiple)
+
+    @property
+    def _multiple(self) -> int:
+        """What sequence parallelism wants rows to be a multiple of."""
+        return self._grid.tensor.size if self._grid.tensor.sequence else 1
 
 
 def _slices(batch: BatchConfig, grid: ProcessGrid) -> Iterator[slice]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from megatron_plasticity.config.training import adamw_timescale
 from megatron_plasticity.errors import UserError
-from megatron_plasticity.models.sizes import HEAD, TOKEN_EMBEDDING, flops_per_token
+from megatron_plasticity.models.sizes import parameter_class, training_flops
 from megatron_plasticity.tracking.progress import Progress
 from megatron_plasticity.training.engine import TrainingEngine
 from megatron_plasticity.training.loop import Callback, StepOutcome
@@ -32,15 +32,14 @@ class TrainingMetrics(Callback):
         every_steps: int,
         write: WriteRow,
         progress: Progress,
-        sequence_length: int,
     ) -> None:
         self._engine, self._total, self._every, self._write, self._progress = engine, total_steps, every_steps, write, progress
-        self._flops_per_token = flops_per_token(engine.model.config, sequence_length)
-        self._seconds, self._tokens = 0.0, 0
+        self._seconds, self._tokens, self._squared_lengths = 0.0, 0, 0
         self._paused = 0.0
 
     def after_step(self, outcome: StepOutcome) -> None:
         self._tokens += outcome.batch.input_tokens
+        self._squared_lengths += outcome.batch.squared_lengths
         self._seconds += outcome.seconds
         if outcome.step % self._every and outcome.step != self._total:
             return
@@ -60,7 +59,7 @@ class TrainingMetrics(Callback):
         timescale = adamw_timescale(decay, self._total)
         if timescale is not None:
             row["train/adamw_timescale"] = timescale
-        utilisation = self._model_flops_utilisation(tokens_per_second)
+        utilisation = self._model_flops_utilisation()
         if utilisation is not None:
             row["train/mfu"] = utilisation
         if self._engine.grid.is_main:
@@ -71,28 +70,28 @@ class TrainingMetrics(Callback):
                 f"the training loss became {loss} at step {outcome.step} (λ={groups.weight_decay:g}, "
                 f"learning rate {outcome.learning_rate:g}); lower the learning rate or λ"
             )
-        self._seconds, self._tokens = 0.0, 0
+        self._seconds, self._tokens, self._squared_lengths = 0.0, 0, 0
 
-    def _model_flops_utilisation(self, tokens_per_second: float) -> float | None:
-        """PaLM's MFU (2204.02311, appendix B); None on devices whose peak we do not know."""
-        if self._engine.grid.device.type != "cuda":
+    def _model_flops_utilisation(self) -> float | None:
+        """PaLM's MFU (2204.02311, appendix B); None on devices whose peak we do not know, and for adapters, under which most of a
+        backward pass is not done."""
+        if self._engine.grid.device.type != "cuda" or self._engine.adapters is not None:
             return None
         name = torch.cuda.get_device_name(self._engine.grid.device)
         peak = next((flops for key, flops in _PEAK_FLOPS.items() if key in name), None)
-        return None if peak is None else tokens_per_second * self._flops_per_token / (peak * self._engine.grid.size)
-
-
-def parameter_class(name: str) -> str:
-    """Class of a parameter in the per-class norms: token_embedding, head, attention, mlp or norm."""
-    if name in (TOKEN_EMBEDDING, HEAD):
-        return "token_embedding" if name == TOKEN_EMBEDDING else "head"
-    if "norm" in name:
-        return "norm"
-    return "attention" if ".attn." in name else "mlp"
+        if peak is None:
+            return None
+        flops = training_flops(self._engine.model.config, self._tokens, self._squared_lengths)
+        return flops / self._seconds / (peak * self._engine.grid.size)
 
 
 class Norms(Callback):
-    """L2 norms of the fp32 weights and of the step's update, per parameter class, every `every_steps` steps."""
+    """L2 norms of the fp32 weights and of the step's update, and the effective learning rate η/‖W‖, per parameter class, every
+    `every_steps` steps.
+
+    Gradients have no norm per class here: the engine takes them apart and lets go of them within the step, differently for each
+    ZeRO stage, and gives their global norm only.
+    """
 
     def __init__(self, engine: TrainingEngine, total_steps: int, every_steps: int, write: WriteRow) -> None:
         self._engine, self._total, self._every, self._write = engine, total_steps, every_steps, write
@@ -115,7 +114,12 @@ class Norms(Callback):
                 squares[key] = squares.get(key, 0.0) + float(tensor.double().square().sum())
         self._before = {}
         if self._engine.grid.is_main:
-            self._write(outcome.step, {key: math.sqrt(value) for key, value in squares.items()})
+            row = {key: math.sqrt(value) for key, value in squares.items()}
+            for key, norm in list(row.items()):
+                quantity, _, name = key.partition("/")
+                if quantity == "weight_norm" and norm > 0:
+                    row[f"effective_learning_rate/{name}"] = outcome.learning_rate / norm
+            self._write(outcome.step, row)
 
     def _due(self, step: int) -> bool:
         return bool(self._every) and (step % self._every == 0 or step == self._total)

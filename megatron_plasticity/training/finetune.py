@@ -8,12 +8,11 @@ import shutil
 from megatron_plasticity.capture.sequences import CapturedSequences
 from megatron_plasticity.config.analysis import CaptureConfig
 from megatron_plasticity.config.hashing import canonical
-from megatron_plasticity.config.support import check_supported
 from megatron_plasticity.config.training import FinetuneConfig
 from megatron_plasticity.data.prepare import TOKENIZER_FILE
-from megatron_plasticity.data.sft import EncodedExample, encode_examples
+from megatron_plasticity.data.sft import EncodedExamples, encode_examples
 from megatron_plasticity.data.tokenizer import Tokenizer
-from megatron_plasticity.errors import ConfigError, UserError
+from megatron_plasticity.errors import UserError
 from megatron_plasticity.evaluation.capture_sequences import choose_sequences
 from megatron_plasticity.evaluation.tasks.prepared import overlap_warning
 from megatron_plasticity.evaluation.tasks.registry import get_task
@@ -23,17 +22,21 @@ from megatron_plasticity.parallel.grid import ProcessGrid, process_grid, resolve
 from megatron_plasticity.tracking.progress import Both, FolderProgress, NoProgress, Progress
 from megatron_plasticity.tracking.run_folder import RunFolder
 from megatron_plasticity.tracking.trained_model import TrainedModel
-from megatron_plasticity.training.activations import capturing
+from megatron_plasticity.training.activations import capture_inputs, capturing
 from megatron_plasticity.training.batches import FinetuneBatches
+from megatron_plasticity.training.preflight import check_finetuning
 from megatron_plasticity.training.session import held, training_session
 
 _log = logging.getLogger(__name__)
 
 
 def finetune(config: FinetuneConfig, progress: Progress) -> RunFolder:
-    """Fine-tune (or go on, or do nothing if it is done); returns the run folder. Every rank of the launch calls it."""
+    """Fine-tune (or go on, or do nothing if it is done); returns the run folder. Every rank of the launch calls it.
+
+    Raises ConfigError for a config that cannot work on this base, before the run folder is made.
+    """
     base = TrainedModel.open(config.base)
-    check_supported(config, base.checkpoint.model, str(config.base))
+    check_finetuning(config, base.checkpoint.model)
     with process_grid(resolve_device(config.device), config.parallel) as grid:
         if grid.is_main:
             finetune_folder(config, base)
@@ -48,15 +51,11 @@ def finetune(config: FinetuneConfig, progress: Progress) -> RunFolder:
 def finetune_folder(config: FinetuneConfig, base: TrainedModel) -> RunFolder:
     """The run folder of this config, made if it is not there."""
     task = get_task(config.task).identity
-    inputs = {"base": base.identity, **({"task": task} if task else {})}
+    inputs = {"base": base.identity, **({"task": task} if task else {}), **capture_inputs(config.capture)}
     return RunFolder.create(config.output, "finetune", config.name, config, inputs)
 
 
 def _finetune(config: FinetuneConfig, base: TrainedModel, folder: RunFolder, grid: ProcessGrid, progress: Progress) -> None:
-    if config.max_length > base.checkpoint.model.context_length:
-        raise ConfigError(
-            f"max_length={config.max_length} exceeds the base model's context_length={base.checkpoint.model.context_length}"
-        )
     tokenizer = base.tokenizer()
     examples, without_response = _encoded(config, tokenizer)
     batches = FinetuneBatches(examples, config.epochs, config.batch, grid, config.seed, tokenizer.end_of_text, config.batching)
@@ -92,18 +91,18 @@ def _finetune(config: FinetuneConfig, base: TrainedModel, folder: RunFolder, gri
             return choose_sequences(capture, tokenizer, length, task=config.task, template=config.template)
 
         with capturing(session, config.capture, sequences) as captures:
-            session.run(captures, show, config.max_length)
+            session.run(captures, show)
         if grid.is_main:
             counts = {"examples": len(examples), "examples_without_response": without_response}
             folder.mark_done({**session.results(), **counts, "padding_share": batches.padding_share()})
 
 
-def _encoded(config: FinetuneConfig, tokenizer: Tokenizer) -> tuple[list[EncodedExample], int]:
+def _encoded(config: FinetuneConfig, tokenizer: Tokenizer) -> tuple[EncodedExamples, int]:
     """Examples that have something to learn from, and the number of those whose prompt alone fills `max_length`."""
     examples = get_task(config.task).train(config.task.train_examples, config.task.seed)
     pairs = [(example.prompt, example.response) for example in examples]
     encoded = encode_examples(tokenizer, config.template, pairs, config.max_length)
-    useful = [example for example in encoded if example.response_length > 0]
-    if not useful:
+    useful = EncodedExamples(example for example in encoded if example.response_length > 0)
+    if not len(useful):
         raise UserError(f"task {config.task.name!r}: no prompt leaves room for a response within max_length={config.max_length}")
-    return useful, len(encoded) - len(useful)
+    return useful, len(pairs) - len(useful)

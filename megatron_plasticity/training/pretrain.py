@@ -23,23 +23,27 @@ from megatron_plasticity.models.transformer import local_model
 from megatron_plasticity.parallel.grid import ProcessGrid, process_grid, resolve_device
 from megatron_plasticity.tracking.progress import Both, FolderProgress, NoProgress, Progress
 from megatron_plasticity.tracking.run_folder import RunFolder
-from megatron_plasticity.training.activations import capturing
+from megatron_plasticity.training.activations import capture_inputs, capturing
 from megatron_plasticity.training.batches import PretrainBatches
 from megatron_plasticity.training.callbacks import LossEvaluation
 from megatron_plasticity.training.losses import mean_cross_entropy
+from megatron_plasticity.training.preflight import check_pretraining
 from megatron_plasticity.training.session import TrainingSession, held, training_session
 
 
 def pretrain_folder(config: PretrainConfig) -> RunFolder:
     """The run folder of this config, made if it is not there. Raises UserError if the corpus is not prepared."""
-    return RunFolder.create(config.output, "pretrain", config.name, config, {"corpus": corpus_hash(config.data)})
+    inputs = {"corpus": corpus_hash(config.data), **capture_inputs(config.capture)}
+    return RunFolder.create(config.output, "pretrain", config.name, config, inputs)
 
 
 def pretrain(config: PretrainConfig, progress: Progress) -> RunFolder:
     """Train (or go on training, or do nothing if it is done) the model that `config` describes; returns its run folder.
 
-    Every rank of the launch calls it. Raises Interrupted after Ctrl-C or SIGTERM, with a checkpoint saved.
+    Every rank of the launch calls it. Raises ConfigError for a config that cannot work, before the run folder is made, and
+    Interrupted after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
+    check_pretraining(config)
     with process_grid(resolve_device(config.device), config.parallel) as grid:
         if grid.is_main:
             pretrain_folder(config)
@@ -90,7 +94,7 @@ def _pretrain(config: PretrainConfig, folder: RunFolder, grid: ProcessGrid, prog
             shutil.copyfile(corpus / TOKENIZER_FILE, folder.path / TOKENIZER_FILE)
         show = Both(progress, FolderProgress(folder)) if grid.is_main else NoProgress()
         with capturing(session, config.capture, sequences) as captures:
-            session.run([evaluation, *captures], show, config.model.context_length)
+            session.run([evaluation, *captures], show)
 
         losses = evaluation.last or evaluate(config.total_steps)  # empty if only the results were missing
         if grid.is_main:

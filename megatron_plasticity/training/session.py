@@ -52,7 +52,7 @@ class TrainingSession:
     log: MetricLog | None
     """On the first rank only."""
 
-    def run(self, callbacks: list[Callback], progress: Progress, sequence_length: int) -> None:
+    def run(self, callbacks: list[Callback], progress: Progress) -> None:
         """Train to the last step. Metrics come first, so that a checkpoint is never ahead of them, and checkpoints last."""
         logging, total = self.recipe.logging, self.batches.steps
 
@@ -62,7 +62,7 @@ class TrainingSession:
             self.save(step)
 
         watchers: list[Callback] = [
-            TrainingMetrics(self.engine, total, logging.every_steps, self.write_row, progress, sequence_length),
+            TrainingMetrics(self.engine, total, logging.every_steps, self.write_row, progress),
             Norms(self.engine, total, logging.norms_every_steps, self.write_row),
             *callbacks,
             Checkpoints(save, total, self.recipe.checkpoint.every_steps),

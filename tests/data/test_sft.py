@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 import torch
 
-from megatron_plasticity.data.sft import EncodedExample, collate, encode_example, encode_examples, pack, render_prompt
+from megatron_plasticity.data import sft
+from megatron_plasticity.data.sft import (
+    EncodedExample,
+    EncodedExamples,
+    collate,
+    encode_example,
+    encode_examples,
+    pack,
+    render_prompt,
+)
 from megatron_plasticity.data.tokenizer import Tokenizer, train_byte_bpe
 from megatron_plasticity.models.loss import IGNORE
 
@@ -51,9 +62,23 @@ def test_truncation_is_at_the_end(tokenizer: Tokenizer) -> None:
         encode_example(tokenizer, TEMPLATE, "a", "b", 1)
 
 
-def test_many_equal_one_by_one(tokenizer: Tokenizer) -> None:
+def test_many_equal_one_by_one(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sft, "_CHUNK", 2)
     pairs = [("what?", " a"), ("", ""), ("it", " matrix" * 20)]
-    assert encode_examples(tokenizer, TEMPLATE, pairs, 30) == [encode_example(tokenizer, TEMPLATE, *pair, 30) for pair in pairs]
+    assert list(encode_examples(tokenizer, TEMPLATE, pairs, 30)) == [encode_example(tokenizer, TEMPLATE, *pair, 30) for pair in pairs]
+
+
+def test_many_examples_are_held_in_few_bytes() -> None:
+    """As tuples of Python numbers an id takes some hundred bytes, and a data set of 10⁸ tokens 10 GB."""
+    count, length = 200, 500
+    tracemalloc.start()
+    examples = EncodedExamples(EncodedExample(tuple(range(1000 * i, 1000 * i + length)), i % 3) for i in range(count))
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 6 * count * length
+    assert len(examples) == count
+    assert examples[7] == EncodedExample(tuple(range(7000, 7000 + length)), 1)
+    assert examples.input_lengths.tolist() == [length - 1] * count
 
 
 def test_collation_masks_prompt_and_padding() -> None:
@@ -68,7 +93,7 @@ def test_collation_masks_prompt_and_padding() -> None:
 
 
 def test_every_response_id_is_learned_once(tokenizer: Tokenizer) -> None:
-    examples = encode_examples(tokenizer, TEMPLATE, [("what?", " a matrix"), ("is it?", "")], 100)
+    examples = list(encode_examples(tokenizer, TEMPLATE, [("what?", " a matrix"), ("is it?", "")], 100))
     targets = collate(examples, pad_id=tokenizer.end_of_text).targets
     for row, example in zip(targets, examples, strict=True):
         assert row[row != IGNORE].tolist() == list(example.ids[example.prompt_length :])

@@ -11,11 +11,12 @@ import torch
 
 from megatron_plasticity.config.evaluation import EvaluateRecipe
 from megatron_plasticity.config.model import ModelConfig
-from megatron_plasticity.config.tasks import TaskConfig
+from megatron_plasticity.config.tasks import AnswerKind, TaskConfig
 from megatron_plasticity.data.tokenizer import Tokenizer, train_byte_bpe
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.evaluation import evaluate
 from megatron_plasticity.evaluation.evaluate import chance_of, evaluate_model, questions_sha256
+from megatron_plasticity.evaluation.kept_responses import KeptResponses
 from megatron_plasticity.evaluation.responses import PAPER_STOP, sampling_parameters
 from megatron_plasticity.evaluation.sampler import NativeGenerator
 from megatron_plasticity.evaluation.samples import SCHEMA, page, read_samples, write_samples
@@ -147,6 +148,85 @@ def test_any_number_of_ranks_gives_the_same_results(tokenizer: Tokenizer) -> Non
     assert gathered == [[], []]
 
 
+def test_tasks_that_share_a_test_set_can_be_asked_by_any_number_of_ranks(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = [_asked(name) for name in TASKS][:3]
+    sets = {"one": {"b": parts[1]}, "two": {"a": parts[0], "b": parts[1]}, "three": {"c": parts[2][:2]}}
+    tasks = {name: _Shared(name, of_task) for name, of_task in sets.items()}
+    monkeypatch.setattr(evaluate, "get_task", lambda config: tasks[config.name])
+    model, configs = _model(tokenizer).double(), [TaskConfig(name=name) for name in tasks]
+    alone = _evaluate(model, tokenizer, _recipe(), configs)
+    gathered: list[list[Any]] = [[]]
+    assert _evaluate(model, tokenizer, _recipe(), configs, _Rank(1, 2, torch.device("cpu"), gathered=gathered)) == ({}, [])
+    assert _evaluate(model, tokenizer, _recipe(), configs, _Rank(0, 2, torch.device("cpu"), gathered=gathered)) == alone
+    assert gathered == [[]]
+
+
+def test_an_evaluation_that_was_stopped_asks_nothing_twice(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    model, recipe, tasks = _model(tokenizer).double(), _recipe(reward={"kind": "length"}), ALL_TASKS[:2]
+    alone = _evaluate(model, tokenizer, recipe, tasks)
+    asked: list[int] = []
+
+    class Stopping:
+        """Answers three passes, and after that one is told to stop."""
+
+        def __init__(self) -> None:
+            self.own, self.passes_left = NativeGenerator(model, tokenizer, recipe.batch_size), 3
+
+        def generate(
+            self,
+            prompts: Sequence[Sequence[int]],
+            keys: Sequence[int],
+            samples: int,
+            parameters: SamplingParameters,
+            progress: Any = None,
+        ) -> list[list[Continuation]]:
+            if self.passes_left == 0:
+                raise KeyboardInterrupt
+            self.passes_left -= 1
+            asked.append(len(prompts))
+            return self.own.generate(prompts, keys, samples, parameters, progress)
+
+    def generator() -> Generator:
+        return Stopping()
+
+    kept = KeptResponses(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_model(generator, tokenizer, 512, recipe, tasks, ALONE, kept=kept)
+    files = sorted((tmp_path / "responses").iterdir())
+    assert len(files) == len(asked) == 3
+    files[0].write_bytes(files[0].read_bytes()[:-9])  # what is damaged is asked again
+    assert evaluate_model(generator, tokenizer, 512, recipe, tasks, ALONE, kept=kept) == alone
+    assert len(asked) == 5
+    kept.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_cannot_be_graded_is_found_before_the_model_is_loaded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unwanted() -> Generator:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("megatron_plasticity.evaluation.grading.math_verify_installed", lambda: False)
+    config = TaskConfig(name="arithmetic", test_examples=2)
+    with pytest.raises(UserError, match="math-verify, which is not installed"):
+        evaluate_model(unwanted, tokenizer, 512, _recipe(paper_compat=True), [config], ALONE)
+    results, rows = _evaluate(_model(tokenizer), tokenizer, _recipe(), [config])
+    (test_set,) = results["tasks"]["arithmetic"]["test_sets"].values()
+    assert "other_rules" not in test_set
+    assert {row["correct_by_other_rules"] for row in rows} == {None}
+    assert list(page(rows))
+
+    def unconfined(_: Any) -> None:
+        raise UserError("cannot be closed")
+
+    monkeypatch.setattr("megatron_plasticity.evaluation.sandbox.Sandbox.check_confinement", unconfined)
+    program = Example("q", "What?", "", Reference("program_input", "1", "def f(x): return x"))
+    monkeypatch.setattr(evaluate, "get_task", lambda _: _Shared("programs", {"programs": [program]}))
+    with pytest.raises(UserError, match="cannot be closed"):
+        evaluate_model(unwanted, tokenizer, 512, _recipe(), [TaskConfig(name="programs")], ALONE)
+
+
 def test_no_scorer_means_no_reward_metrics_and_no_resamples_no_intervals(tokenizer: Tokenizer) -> None:
     results, rows = _evaluate(_model(tokenizer), tokenizer, _recipe(bootstrap_resamples=0), ALL_TASKS[:1])
     task = results["tasks"][ALL_TASKS[0].name]
@@ -211,6 +291,7 @@ class _Shared:
     sets: dict[str, list[Example]]
     description: str = ""
     identity: str | None = None
+    answer_kinds: frozenset[AnswerKind] = frozenset()
 
     def train(self, count: int | None, seed: int) -> list[Example]:
         return []
@@ -263,6 +344,7 @@ def test_chance_is_that_of_the_questions_asked() -> None:
     assert chance_of([example(answer, 4) for answer in "AABC"]) == 0.5
     assert chance_of([example(answer, 4) for answer in "ABCD"]) == 0.25
     assert chance_of([example(answer, 2) for answer in "CDEF"]) == 0.5
+    assert chance_of([Example("", "", "", Reference("program_input", "1", "def f(): ..."))] * 3) == 0
     assert chance_of([*(example(answer, 4) for answer in "ABCD"), *(example(answer, 8) for answer in "EFGH")]) == 3 / 16
     assert chance_of(TASKS["trials"].test_sets(100, 0)["trials"]) == 0.34
     assert 0.25 <= chance_of(TASKS["categories"].test_sets(500, 0)["categories"]) < 0.33
@@ -348,6 +430,8 @@ def test_the_table_of_samples_comes_back_and_is_shown_with_its_verdicts(tokenize
     write_samples(tmp_path / "samples.parquet", rows)
     assert [path.name for path in tmp_path.iterdir()] == ["samples.parquet"]
     assert read_samples(tmp_path) == rows
+    for number in (1, 3, 4, QUESTIONS, 2 * QUESTIONS):
+        assert len({row["question"] for row in read_samples(tmp_path, number)}) == min(number, QUESTIONS)
     some = read_samples(tmp_path, 2)
     assert len({row["question"] for row in some}) == 2
     lines = list(page(some))

@@ -42,7 +42,7 @@ CASES: list[tuple[AnswerKind, str | None, str, bool, bool | None]] = [
     ("choice", "option B", "B", True, False),
     ("choice", "b. The liver", "B", True, True),
     ("choice", "B,", "B", True, True),
-    ("choice", "B: see (A) above", "B", False, False),
+    ("choice", "B: see (A) above", "B", True, False),
     ("choice", "B and C", "B", False, False),
     ("choice", "(B) or (C)", "B", False, False),
     ("choice", "B, C", "B", False, False),
@@ -284,3 +284,21 @@ def test_asking_for_math_verify_without_it_is_a_user_error(monkeypatch: pytest.M
     with pytest.raises(UserError, match="eval"):
         Grader(math_verify=True)
     assert Grader().name("maths") == "exact-number"
+
+
+@pytest.mark.parametrize(
+    "text", ["not " * 330 + "1", "'a'" + ".strip()" * 200, "1" + "+1" * 1500, "[0]" * 900, "lambda:" * 400 + "1"]
+)
+def test_an_answer_of_endless_repetition_is_only_wrong(text: str) -> None:
+    reference = Reference("program_input", "1", "def f(x): return 1")
+    with Grader() as grader:
+        assert grader.grade_all([reference, reference], [text, "3"]) == [False, True]
+        assert grader.equivalent(reference, text, "3") is False
+        assert grader.grade(Reference("literal", "1"), text) is False
+
+
+def test_the_grader_is_named_by_the_rules_that_count() -> None:
+    with Grader(math_verify=False) as grader:
+        assert grader.can_grade({"choice", "text"}, "paper")
+        assert grader.can_grade({"number"}, "own")
+        assert not grader.can_grade({"choice", "number"}, "paper")

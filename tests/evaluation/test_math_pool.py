@@ -34,6 +34,29 @@ def test_a_comparison_that_hangs_dies_or_fails_is_not_equal_and_the_others_go_on
         pool.close()
 
 
+def test_a_text_that_hangs_costs_its_time_once() -> None:
+    pool = MathPool(1, time_limit=1.0, compare=_behave)
+    start = time.monotonic()
+    try:
+        assert pool.equal_all([("hang", str(number)) for number in range(40)]) == [False] * 40
+        assert pool.equal_all([("hang", "x"), ("x", "x")]) == [False, True]
+        assert time.monotonic() - start < 35
+        assert pool._endless == {"hang"}
+    finally:
+        pool.close()
+
+
+def test_an_idle_worker_that_is_killed_is_replaced() -> None:
+    pool = MathPool(1, compare=_behave)
+    try:
+        assert pool.equal_all([("1", "1")]) == [True]
+        pool._workers[0]._process.kill()
+        pool._workers[0]._process.join()
+        assert pool.equal_all([("1", "1"), ("1", "2")]) == [True, False]
+    finally:
+        pool.close()
+
+
 def test_no_pairs_start_no_process() -> None:
     pool = MathPool(compare=_behave)
     assert pool.equal_all([]) == []

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import itertools
 import math
 import random
@@ -18,8 +20,8 @@ from megatron_plasticity.evaluation.metrics import (
 )
 
 
-def _equal(a: str, b: str) -> bool:
-    return a == b
+def _equal(pairs: Sequence[tuple[int, str, str]]) -> list[bool]:
+    return [a == b for _, a, b in pairs]
 
 
 def _outcomes(
@@ -28,7 +30,7 @@ def _outcomes(
     return Outcomes(
         greedy_correct=np.array(greedy),
         sampled_correct=np.array([[answer == right for answer in row] for row, right in zip(answers, truth, strict=True)]),
-        clusters=np.array([cluster_answers(row, _equal) for row in answers]),
+        clusters=np.array(cluster_answers(answers, _equal)),
         answered=np.array([[answer is not None for answer in row] for row in answers]),
         rewards=None if rewards is None else np.array(rewards),
     )
@@ -39,15 +41,28 @@ def _values(outcomes: Outcomes) -> dict[str, float]:
 
 
 def test_clusters_are_numbered_in_sample_order_and_no_answer_stays_alone() -> None:
-    assert cluster_answers(["a", None, "b", "a", None, "b", "a"], _equal) == [0, 1, 2, 0, 3, 2, 0]
+    answers = [["a", None, "b", "a", None, "b", "a"], [None, "a", "a"], [None], []]
+    assert cluster_answers(answers, _equal) == [[0, 1, 2, 0, 3, 2, 0], [0, 1, 1], [0], []]
+    assert cluster_answers([], _equal) == []
+
+
+def test_all_questions_are_compared_at_once() -> None:
+    asked: list[list[tuple[int, str, str]]] = []
+
+    def equal(pairs: Sequence[tuple[int, str, str]]) -> list[bool]:
+        asked.append(list(pairs))
+        return [a == b for _, a, b in pairs]
+
+    assert cluster_answers([["a", "b", "a"], ["c", "c", "d"]], equal) == [[0, 1, 0], [0, 0, 1]]
+    assert asked == [[(0, "b", "a"), (0, "a", "a"), (1, "c", "c"), (1, "d", "c")], [], []]
 
 
 def test_clusters_compare_with_the_first_member() -> None:
     # "close" is not transitive: 2 equals 1 and joins it; 3 equals 2 but not 1, so it founds a cluster.
-    def close(a: str, b: str) -> bool:
-        return abs(int(a) - int(b)) <= 1
+    def close(pairs: Sequence[tuple[int, str, str]]) -> list[bool]:
+        return [abs(int(a) - int(b)) <= 1 for _, a, b in pairs]
 
-    assert cluster_answers(["1", "2", "3"], close) == [0, 0, 1]
+    assert cluster_answers([["1", "2", "3"]], close) == [[0, 0, 1]]
 
 
 def test_majority_ties_go_to_the_earliest_cluster() -> None:

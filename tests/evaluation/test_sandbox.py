@@ -160,6 +160,10 @@ os._exit(0)
         ("os.setuid(0)", 7),
         ("os.memfd_create('x')", 7),
         ("os.pipe()", 7),
+        ("import fcntl; fcntl.fcntl(0, fcntl.F_SETOWN, os.getppid())", 7),
+        ("import fcntl; fcntl.fcntl(0, 10, 9)", 7),  # F_SETSIG
+        ("import fcntl; fcntl.ioctl(os.open('file', os.O_RDONLY), 0x40086602, bytes(8))", 7),  # FS_IOC_SETFLAGS
+        ("import fcntl; fcntl.fcntl(0, fcntl.F_GETFD)", 0),
         ("open('request.json').read()", 0),  # reading is the hook's to refuse
     ],
 )

@@ -52,7 +52,8 @@ def _batch(model: ModelConfig, recipe: TrainingRecipe, grid: ProcessGrid) -> Ste
     size, count = recipe.batch.micro_batch_size, recipe.batch.global_batch_size
     rows = [torch.randint(0, model.vocab_size, (size, model.context_length + 1)) for _ in range(count // size // grid.data_size)]
     tokens = count * model.context_length
-    return StepBatch([MicroBatch(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in rows], tokens, tokens)
+    parts = [MicroBatch(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in rows]
+    return StepBatch(parts, tokens, tokens, tokens * model.context_length)
 
 
 def _live_addresses() -> set[int]:

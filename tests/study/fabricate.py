@@ -29,7 +29,7 @@ TASKS: dict[str, tuple[str, float]] = {
     "passage": ("choice", 0.25),
     "steps": ("choice", 0.1),
 }
-ANALYSES = ("probes", "attention", "overfitting")
+ANALYSES = ("probes", "attention", "overfitting", "features")
 STEPS, LEARNING_RATE, LAYERS, HEADS, HEAD_DIM, SAMPLES = 400, 1e-3, 4, 4, 16, 8
 PARAMETER_CLASSES = ("token_embedding", "head", "attention", "mlp", "norm")
 
@@ -178,6 +178,7 @@ def _write_cell(folder: Path, cell: dict[str, Any], status: str, what: Fabricati
         maker = {
             "pretrain": _pretrain, "finetune": _finetune, "evaluate": _evaluate,
             "probes": _probes, "attention": _attention, "overfitting": _overfitting,
+            "features": _features,
         }[cell["kind"]]  # fmt: skip
         _write_json(folder / "results.json", maker(cell, what, generator))
 
@@ -382,6 +383,48 @@ def _overfitting(cell: dict[str, Any], what: Fabrication, generator: np.random.G
         "seen_losses": (loss - gap + difficulty[:20] + generator.normal(0, 0.01, 20)).tolist(), "seen_blocks": list(range(20)),
         "held_out_losses": (loss + difficulty[20:] + generator.normal(0, 0.01, 20)).tolist(),
         "held_out_blocks": list(range(20)),
+    }  # fmt: skip
+
+
+def _features(cell: dict[str, Any], what: Fabrication, generator: np.random.Generator) -> dict[str, Any]:
+    decay = cell["weight_decay"]
+    strength, width = _strength(decay), HEADS * HEAD_DIM
+
+    def layer(index: int) -> dict[str, Any]:
+        shares = {"0": 0.0, "0.025": 0.02 + 0.2 * strength + 0.01 * index, "0.1": 0.05 + 0.4 * strength + 0.02 * index}
+        rank = width * (0.9 - 0.5 * strength - 0.03 * index)
+        ranks = {"entropy_rank": rank, "srank": int(0.9 * rank), "stable_rank": 0.1 * rank}
+        centred = {"entropy_rank": rank + 1, "srank": int(0.9 * rank) + 1, "stable_rank": 0.2 * rank}
+        norm = {"mean": (4 + 2 * index) * (1.2 - strength), "deviation": 0.4}
+        return {"dormant_units": shares, "dormant_heads": shares, "norm": norm, "uncentred": ranks, "centred": centred}
+
+    layers = [layer(index) for index in range(LAYERS)]
+    steps = list(range(50, STEPS + 1, 50))
+    rates = [LEARNING_RATE * (0.55 + 0.45 * math.cos(math.pi * step / STEPS)) for step in steps]
+    classes, summary = {}, {}
+    for index, name in enumerate(PARAMETER_CLASSES):
+        weights = [(12 + 4 * index) * (1 + 1.5 * step / STEPS * (1 - strength)) for step in steps]
+        updates = [1.5 * rate * (12 + 4 * index) for rate in rates]
+        predicted = [math.sqrt(2 * rate * decay * 0.1 / 1.9) for rate in rates] if decay else None
+        relative = [update / weight for update, weight in zip(updates, weights, strict=True)]
+        classes[name] = {
+            "weight_norm": weights, "update_norm": updates, "relative_update": relative, "equilibrium": predicted,
+            "effective_learning_rate": [rate / weight for rate, weight in zip(rates, weights, strict=True)],
+        }  # fmt: skip
+        over = relative[-1] / predicted[-1] if predicted else None
+        summary[name] = {
+            "relative_update": relative[-1],
+            "effective_learning_rate": rates[-1] / weights[-1],
+            "over_equilibrium": over,
+        }
+    timescale = {"of_run": cell["adamw_timescale"], "position": "within" if decay else "infinite"}
+    return {
+        "layers": layers, "final_norm": layers[-1], "summary": layers[0], "sequences": 64, "positions": 64 * 256,
+        "hidden_size": width, "weights": {"classes": {}, "layers": [], "others": {}},
+        "training": {
+            "timescale": timescale, "gradient_norm": 0.4, "steps": steps, "learning_rate": rates, "classes": classes,
+            "summary": summary,
+        },
     }  # fmt: skip
 
 

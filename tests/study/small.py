@@ -55,6 +55,7 @@ TREE: dict[str, Any] = {
         "probes": {"datasets": ["polarity"], "train_texts": 30, "test_texts": 20, "max_tokens": 32, "seeds": [0]},
         "attention": {"map_sequences": 1, "map_length": 16},
         "overfitting": {"sequences": 10, "bootstrap_resamples": 20},
+        "features": {"sequences": 3},
     },
     "mlflow": False,
 }

@@ -26,6 +26,7 @@ from tests.interchange.folders import SHAPE, write_model
 from tests.study.small import small_study, small_tree
 
 INPUTS = {"source": "s", "tokenizer": "t"}
+OTHER = INPUTS | {"source": "other"}
 
 
 def tree(folder: Path, changes: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def study(folder: Path, changes: dict[str, Any] | None = None) -> StudyConfig:
 
 
 def test_an_import_takes_the_place_of_a_pretraining_run(tmp_path: Path) -> None:
-    plan = plan_study(study(tmp_path), sources={"a": INPUTS, "b": INPUTS | {"source": "other"}})
+    plan = plan_study(study(tmp_path), sources={"a": INPUTS, "b": OTHER})
     assert [(cell.id, cell.parent) for cell in plan.cells if cell.weight_decay == 1.0] == [
         ("import-b", None),
         ("probes-b", "import-b"),
@@ -62,14 +63,14 @@ def test_an_import_takes_the_place_of_a_pretraining_run(tmp_path: Path) -> None:
 
 def test_what_lies_at_the_source_enters_every_hash(tmp_path: Path) -> None:
     def folders(source: str) -> set[Path]:
-        inputs = INPUTS | {"source": source}
-        return {cell.folder for cell in plan_study(study(tmp_path), sources={"a": inputs, "b": inputs}).cells}
+        sources = {name: INPUTS | {"source": f"{source} {name}"} for name in "ab"}
+        return {cell.folder for cell in plan_study(study(tmp_path), sources=sources).cells}
 
     assert not folders("one") & folders("other")
 
 
 def test_a_corrected_label_leaves_the_runs_alone(tmp_path: Path) -> None:
-    sources = {"a": INPUTS, "b": INPUTS}
+    sources = {"a": INPUTS, "b": OTHER}
     before = plan_study(study(tmp_path), sources=sources)
     bases = [base | {"weight_decay": base["weight_decay"] + 0.3} for base in tree(tmp_path)["bases"]]
     after = plan_study(study(tmp_path, {"bases": bases}), sources=sources)
@@ -79,7 +80,7 @@ def test_a_corrected_label_leaves_the_runs_alone(tmp_path: Path) -> None:
 def test_a_base_may_be_fine_tuned_in_its_own_way(tmp_path: Path) -> None:
     first, second = tree(tmp_path)["bases"]
     bases = [first | {"finetune": {"optimizer": {"learning_rate": 0.25}}, "group": "a"}, second | {"group": "b"}]
-    plan = plan_study(study(tmp_path, {"bases": bases}), sources={"a": INPUTS, "b": INPUTS})
+    plan = plan_study(study(tmp_path, {"bases": bases}), sources={"a": INPUTS, "b": OTHER})
     rates = [cell.config.optimizer.learning_rate for cell in plan.cells if isinstance(cell.config, FinetuneConfig)]
     assert rates == [0.25, 0.001]
 
@@ -91,9 +92,15 @@ def test_names_that_would_meet_are_refused(tmp_path: Path) -> None:
         plan_study(config, sources={"a": INPUTS, "a-arithmetic": INPUTS})
 
 
+def test_one_model_under_two_names_is_refused(tmp_path: Path) -> None:
+    """It would count as evidence for two values of λ."""
+    with pytest.raises(ConfigError, match=r"bases: import-a and import-b are one run under two names"):
+        plan_study(study(tmp_path), sources={"a": INPUTS, "b": INPUTS})
+
+
 def test_groups_are_compared_apart(tmp_path: Path) -> None:
     bases = [base | {"group": base["name"], "weight_decay": 0.1} for base in tree(tmp_path)["bases"]]
-    plan = plan_study(study(tmp_path, {"bases": bases}), sources={"a": INPUTS, "b": INPUTS})
+    plan = plan_study(study(tmp_path, {"bases": bases}), sources={"a": INPUTS, "b": OTHER})
     assert [cell.point for cell in plan.cells if cell.kind == "import"] == [
         {"optimizer.weight_decay": 0.1, "group": "a"},
         {"optimizer.weight_decay": 0.1, "group": "b"},
@@ -132,6 +139,8 @@ def test_groups_are_compared_apart(tmp_path: Path) -> None:
             r"a changes finetune\.epochs, which is one of `finetune_axes`",
         ),
         ({"analyses": {"overfitting": {}}}, r"analyses\.overfitting: the gap is over the data of pretraining"),
+        ({"analyses": {"features": {}}}, r"analyses\.features: .* name a text to take them from by `text`"),
+        ({"analyses": {"features": {"text": "nothing.txt"}}}, r"nothing\.txt: expected a text file, which cannot be read"),
         ({"analyses": {"attention": {"map_sequences": 4}}}, r"map_sequences: .* set it to 0"),
         ({"evaluate": None}, r"`finetune` and `evaluate` must be there"),
     ],
@@ -144,7 +153,7 @@ def test_a_study_that_cannot_work_is_refused(tmp_path: Path, changes: dict[str, 
 def test_a_source_that_does_not_fit_is_refused_before_anything_runs(tmp_path: Path) -> None:
     write_model(tmp_path / "a", seed=0)
     write_model(tmp_path / "b", seed=1)
-    with pytest.raises(ConfigError, match=r"finetune\.max_length=161 exceeds the context length of a, 160"):
+    with pytest.raises(ConfigError, match=r"finetune of a: max_length=161 exceeds .* context_length=160"):
         run_study(study(tmp_path, {"finetune": {"max_length": 161}}))
     assert not list((tmp_path / "runs/small").glob("import-*"))
 

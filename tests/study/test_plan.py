@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pytest
 from megatron_plasticity.cli import main
 from megatron_plasticity.config.analysis import ProbesConfig
 from megatron_plasticity.config.evaluation import EvaluateConfig
+from megatron_plasticity.config.files import sha256_file
 from megatron_plasticity.config.hashing import canonical, config_hash
 from megatron_plasticity.config.study import StudyConfig
 from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig
@@ -29,6 +31,7 @@ def test_each_base_model_gets_its_descendants(tmp_path: Path) -> None:
         "probes-wd1",
         "attention-wd1",
         "overfitting-wd1",
+        "features-wd1",
         "evaluate-wd1",
         "finetune-wd1-arithmetic",
         "evaluate-wd1-arithmetic",
@@ -37,7 +40,7 @@ def test_each_base_model_gets_its_descendants(tmp_path: Path) -> None:
     assert parents["evaluate-wd1-arithmetic"] == "finetune-wd1-arithmetic"
     assert parents["finetune-wd1-arithmetic"] == "pretrain-wd1"
     assert parents["pretrain-wd1"] is None
-    assert len({cell.folder for cell in plan.cells}) == len(plan.cells) == 14
+    assert len({cell.folder for cell in plan.cells}) == len(plan.cells) == 16
 
 
 def test_only_weight_decay_differs_between_the_points(tmp_path: Path) -> None:
@@ -117,6 +120,9 @@ def test_the_config_is_not_changed_by_planning(tmp_path: Path) -> None:
     assert study.model_dump_json() == before
 
 
+PATTERNS = {"scope": "patterns", "patterns": [{"pattern": "nothing.*", "decay": True}, {"pattern": "*", "decay": False}]}
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -128,14 +134,97 @@ def test_the_config_is_not_changed_by_planning(tmp_path: Path) -> None:
         ({"axes": {"data.blend": [[], [{"folder": "a", "weight": 0.1}]]}}, r"axes: data\.blend: a study is of one text"),
         ({"resources": {"processes_per_run": 3}}, r"cannot be split over 3 data-parallel ranks"),
         ({"finetune": None}, r"`finetune` and `evaluate` must be there"),
-        ({"finetune": {"max_length": 1000}}, r"finetune\.max_length=1000 exceeds base\.model\.context_length=160"),
+        ({"finetune": {"max_length": 1000}}, r"finetune\.max_length=1000 exceeds the base model's context_length=160"),
         ({"evaluate": {"template": "{prompt}"}}, r"evaluate\.template differs"),
-        ({"axes": {"optimizer.weight_decay": [0.1, "0.1"]}}, r"two points of the grid are the same"),
+        (
+            {"axes": {"optimizer.weight_decay": [0.1, "1e-1"]}},
+            r"axes: two points of the grid are the same run: optimizer\.weight_decay=0\.1 and optimizer\.weight_decay='1e-1'",
+        ),
+        (
+            {"axes": {"optimizer.weight_decay": [0.1], "batch.micro_batch_size": [1, 2]}},
+            r"axes: two points .* same run: batch\.micro_batch_size=1 and batch\.micro_batch_size=2",
+        ),
+        (
+            {"axes": {"optimizer.weight_decay": [0.1, 1], "optimizer.adamw_timescale": [0.1, 1]}},
+            r"axes: optimizer\.weight_decay and optimizer\.adamw_timescale are two ways to state one λ; keep one",
+        ),
+        (
+            {"axes": {"optimizer": [{"learning_rate": 0.1}], "optimizer.weight_decay": [0.1, 1]}},
+            r"axes: of optimizer\.weight_decay and optimizer one is a part of the other",
+        ),
+        ({"base": {"capture": {"points": ["nope"]}}}, r"base\.capture: no hook point matches 'nope'"),
+        ({"base": {"capture": {"steps": [7]}}}, r"base\.capture\.steps: \[7\] lie after the last step, 6"),
+        ({"base": {"capture": {"texts": "nowhere.txt"}}}, r"base\.capture\.texts: nowhere\.txt: there is no such file"),
+        ({"base": {"optimizer": {"decay": PATTERNS}}}, r"base\.optimizer\.decay\.patterns: 'nothing\.\*' matches no parameter"),
+        ({"base": {"engine": {"deepspeed": {"optimizer": {}}}}}, r"base\.engine\.deepspeed\.optimizer: decided by our own"),
+        ({"base": {"checkpoint": {"resume_from": "nowhere"}}}, r"base\.checkpoint\.resume_from: nowhere: no such checkpoint"),
     ],
 )
 def test_a_study_that_cannot_work_is_refused(tmp_path: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_study(small_study(tmp_path, changes))
+
+
+def test_what_is_wrong_with_its_runs_is_told_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "peft", None)
+    changes = {
+        "base": {"capture": {"points": ["nope"]}, "optimizer": {"decay": PATTERNS}},
+        "finetune": {"lora": {}, "capture": {"points": ["none"]}, "engine": {"deepspeed": {"fp16": {}}}, "max_length": 999},
+    }
+    with pytest.raises(ConfigError) as error:
+        check_study(small_study(tmp_path, changes))
+    for part in ("'nope'", "base.optimizer.decay", "needs the package peft", "'none'", "deepspeed.fp16", "max_length=999"):
+        assert str(error.value).count(part) == 1, part
+
+
+def test_points_are_what_a_config_makes_of_them(tmp_path: Path) -> None:
+    """YAML reads 1e-1 as a text."""
+    changes = {"axes": {"optimizer.weight_decay": ["1e-1", 1]}, "finetune_axes": {"optimizer.learning_rate": ["1e-3"], "seed": ["7"]}}
+    cells = {cell.id: cell for cell in plan_study(small_study(tmp_path, changes), "h").cells}
+    finetune = cells["finetune-wd0.1-arithmetic-learning_rate0.001-seed7"]
+    assert (finetune.point, finetune.variant) == ({"optimizer.weight_decay": 0.1}, {"optimizer.learning_rate": 0.001, "seed": 7})
+
+
+def test_a_section_as_a_value_is_named_by_its_settings(tmp_path: Path) -> None:
+    changes = {"finetune_axes": {"lora": [None, {"rank": 8, "targets": ["q_proj"]}], "optimizer.weight_decay": [0.1]}}
+    cells = [cell for cell in plan_study(small_study(tmp_path, changes), "h").cells if cell.kind == "finetune"]
+    assert [cell.id.removeprefix("finetune-wd0-arithmetic-") for cell in cells[:2]] == [
+        "loranone-wd0.1",
+        "lora-rank8-targets_q_proj_-wd0.1",
+    ]
+    assert cells[1].variant == {"lora": {"rank": 8, "targets": ["q_proj"]}, "optimizer.weight_decay": 0.1}
+
+
+def test_a_run_that_is_there_is_taken_under_whatever_name_it_has(tmp_path: Path) -> None:
+    """The digits of λ in a name depend on the other λ, and what is done shall not be done again."""
+    before = plan_study(small_study(tmp_path, {"axes": {"optimizer.weight_decay": [0.1111, 0.2]}}), "h").cells
+    for cell in before:
+        cell.folder.mkdir(parents=True)
+    assert before[0].folder.name.startswith("pretrain-wd0.111-")
+    more = small_study(tmp_path, {"axes": {"optimizer.weight_decay": [0.1111, 0.1112, 0.2]}})
+    after = plan_study(more, "h").cells
+    assert [cell.id for cell in after if cell.kind == "pretrain"] == ["pretrain-wd0.1111", "pretrain-wd0.1112", "pretrain-wd0.2"]
+    assert {cell.folder for cell in before} < {cell.folder for cell in after}
+    assert len(after) == len(before) * 3 // 2
+    for cell in after:
+        digest = cell.folder.name.rsplit("-", 1)[1]
+        assert cell.folder.name == f"{cell.kind}-{cell.config.name}-{digest}", "the run makes the folder that was planned"  # type: ignore[attr-defined]
+    known = {cell.folder for cell in after}
+    assert all(cell.config.run in known for cell in after if isinstance(cell.config, EvaluateConfig))
+
+
+def test_what_dumps_read_enters_the_hash_that_was_planned(tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    changes = {"base": {"capture": {"texts": str(texts)}}, "finetune": {"capture": {"texts": str(texts)}}}
+    texts.write_text("one\n")
+    study = small_study(tmp_path, changes)
+    before = descendants(study)
+    digest = {"capture_texts": sha256_file(texts)}
+    texts.write_text("other\n")
+    assert not {cell.folder for cell in before.values()} & {cell.folder for cell in descendants(study).values()}
+    base, finetune = before["pretrain-wd1"], before["finetune-wd1-arithmetic"]
+    assert base.folder.name.endswith(config_hash(base.config, corpus="h", **digest))
+    assert finetune.folder.name.endswith(config_hash(finetune.config, base=base.folder.name.rsplit("-", 1)[1], **digest))
 
 
 AXES = {"optimizer.weight_decay": [0.0, 0.1], "optimizer.learning_rate": [1e-5, 3e-5], "seed": [1, 2]}
@@ -223,7 +312,7 @@ def test_what_was_prepared_enters_the_hash_of_what_reads_it(tmp_path: Path, monk
 def test_the_texts_of_probes_enter_the_hash_of_what_reads_them(tmp_path: Path) -> None:
     train, test = tmp_path / "train.tsv", tmp_path / "test.tsv"
     train.write_text("text\tlabel\ngood\t1\nbad\t0\n")
-    own = {"name": "own", "train_files": [str(train)], "test_files": [str(test)], "text": "text", "label": "label", "labels": [0, 1]}
+    own = {"name": "own", "train_files": [str(train)], "test_files": [str(test)], "labels": [0, 1]}
     study = small_study(tmp_path, {"analyses": {"probes": {"datasets": ["own"], "own_datasets": [own]}}})
     with pytest.raises(ConfigError, match=r"test\.tsv not found"):
         check_study(study, tasks_needed=False)
@@ -245,9 +334,31 @@ def test_the_texts_of_probes_enter_the_hash_of_what_reads_them(tmp_path: Path) -
         ({"finetune_axes": {"optimizer.wd": [1]}}, r"optimizer\.wd: unknown key"),
         ({"finetune_axes": {"seed": []}}, r"axis 'seed' has no values"),
         ({"finetune_axes": {"seed": [1, 1]}}, r"axis 'seed' repeats a value"),
-        ({"finetune_axes": {"optimizer.weight_decay": [1, 1.0]}}, r"finetune_axes: two points of the grid are the same: wd1"),
+        (
+            {"finetune_axes": {"optimizer.weight_decay": [1, 1.0]}},
+            r"finetune_axes: two points of the grid are the same run: optimizer\.weight_decay=1 and optimizer\.weight_decay=1\.0",
+        ),
+        ({"finetune_axes": {"seed": [1, 2], "batch.micro_batch_size": [1, 8]}}, r"same run: batch\.micro_batch_size=1 and"),
+        ({"finetune_axes": {"logging.every_steps": [1, 8]}}, r"same run: logging\.every_steps=1 and logging\.every_steps=8"),
+        (
+            {"finetune_axes": {"optimizer.adamw_timescale": [1, 2], "optimizer.weight_decay": [0, 0.1]}},
+            r"finetune_axes: optimizer\.adamw_timescale and optimizer\.weight_decay are two ways to state one λ",
+        ),
+        ({"finetune": {"capture": {"points": ["nope"]}}}, r"finetune\.capture: no hook point matches 'nope'"),
+        ({"finetune": {"capture": {"steps": [3]}}}, r"finetune on arithmetic: capture\.steps: \[3\] lie after the last step, 2"),
+        ({"finetune": {"optimizer": {"decay": PATTERNS}}}, r"finetune\.optimizer\.decay\.patterns: 'nothing\.\*' matches no"),
+        (
+            {"finetune": {"lora": {}, "optimizer": {"decay": PATTERNS}}},
+            r"finetune\.optimizer\.decay\.patterns: 'nothing\.\*' matches no parameter; names look like '.*lora_A",
+        ),
+        (
+            {"finetune": {"batch": {"global_batch_size": 64}}},
+            r"finetune on arithmetic: task\.train_examples: 16 usable examples times epochs=1 do not fill one batch",
+        ),
+        ({"finetune": {"engine": {"deepspeed": {"optimizer": {}}}}}, r"finetune\.engine\.deepspeed\.optimizer: decided by our own"),
+        ({"finetune": {"checkpoint": {"resume_from": "nowhere"}}}, r"finetune\.checkpoint\.resume_from: nowhere: no such"),
         ({"finetune_axes": {"batch.global_batch_size": [8, 12]}}, r"micro_batch_size=8 must divide global_batch_size=12"),
-        ({"finetune_axes": {"max_length": [16, 1000]}}, r"finetune\.max_length=1000 exceeds base\.model\.context_length=160"),
+        ({"finetune_axes": {"max_length": [16, 1000]}}, r"finetune\.max_length=1000 exceeds the base model's context_length=160"),
         ({"finetune_axes": {"template": ["{prompt}"]}}, r"evaluate\.template differs"),
         ({"finetune_steps": [3]}, r"finetune_steps: 3: the base run writes checkpoints every 2 steps"),
         ({"finetune_steps": [6]}, r"finetune_steps: 6: .* the last of its 6 is fine-tuned anyway"),

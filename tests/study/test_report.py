@@ -16,6 +16,7 @@ import pytest
 from megatron_plasticity.data.ledger import Ledger, write_ledger
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.study.report import write_report
+from megatron_plasticity.study.report.assertions import assess
 from megatron_plasticity.study.report.comparability import base_format_rates, readability
 from megatron_plasticity.study.report.drawings import across_layers
 from megatron_plasticity.study.report.figures.outcomes import average_ranks
@@ -96,6 +97,7 @@ def test_the_whole_report_has_every_section(whole: Path) -> None:
         "probes",
         "attention",
         "gap",
+        "features",
         "training",
         "cells",
         "limits",
@@ -377,7 +379,8 @@ def test_limits_name_the_sources_and_what_was_not_probed(tmp_path: Path) -> None
     which = f"The {len(others) + 1} of {len(others) + 2} base models whose tokens are known"
     assert f"{which} have 700 thousand to 1.4 million parameters" in scale
     assert "saw 3.28 million tokens, 2.3 to 4.7 tokens per parameter" in scale
-    assert "0.7 to 1.4 million parameters" in render_page(mixed, [find(g, mixed.outcomes, mixed.config) for g in mixed.groups])
+    findings = [find(g, mixed.outcomes, mixed.config) for g in mixed.groups]
+    assert "0.7 to 1.4 million parameters" in render_page(mixed, findings, assess(mixed, findings))
     bare = fabricate(tmp_path / "bare", Fabrication(tasks=(), analyses=()))
     assert "Base models only" not in " ".join(limits(collect(bare)))
 

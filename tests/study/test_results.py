@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_plasticity.errors import UserError
-from megatron_plasticity.study.results import Series, collect
+from megatron_plasticity.study.results import Series, UnequalSeeds, collect
 from tests.study.fabricate import TASKS, Fabrication, fabricate
 
 SMALL = Fabrication(weight_decays=(0.0, 0.5), tasks=("arithmetic", "trials"), analyses=("overfitting",), questions=20)
@@ -96,11 +96,39 @@ def test_seeds_are_averaged_question_by_question(tmp_path: Path) -> None:
     assert scores.test_sets[1].groups["level 1"] == pytest.approx(np.mean(levels))
 
 
-def test_a_seed_that_is_missing_is_left_out_of_the_average(tmp_path: Path) -> None:
+def test_a_seed_that_one_weight_decay_lacks_counts_at_none(tmp_path: Path) -> None:
+    """Else one λ's score would be a mean over other seeds than that of the λ with which it is compared."""
+    what = replace(SMALL, finetune_axes={"seed": (1, 2, 3)}, statuses={"evaluate-wd0.5-trials-seed1": "failed"})
+    whole = collect(fabricate(tmp_path / "whole", replace(what, statuses={}))).groups[0]
+    group = collect(fabricate(tmp_path / "study", what)).groups[0]
+    for model, complete in zip(group.models, whole.models, strict=True):
+        assert list(model.finetuned_scores["trials"].by_seed) == ["2", "3"]
+        assert model.finetuned_scores["arithmetic"].by_seed.keys() == complete.finetuned_scores["arithmetic"].by_seed.keys()
+    assert group.unequal_seeds == (UnequalSeeds("trials", None, ("2", "3"), {0.5: ("1",)}),)
+    assert whole.unequal_seeds == ()
+
+
+def test_one_seed_that_all_have_is_named(tmp_path: Path) -> None:
     what = replace(SMALL, finetune_axes={"seed": (1, 2)}, statuses={"evaluate-wd0.5-trials-seed1": "failed"})
-    scores = collect(fabricate(tmp_path / "study", what)).groups[0].models[1].finetuned_scores["trials"]
-    assert scores.by_seed == {}
-    assert set(scores.greedy_correct) <= {0, 1}
+    for model in collect(fabricate(tmp_path / "study", what)).groups[0].models:
+        scores = model.finetuned_scores["trials"]
+        assert scores.by_seed == {"2": pytest.approx(scores.metrics["greedy"].value)}
+        assert set(scores.greedy_correct) <= {0, 1}
+        assert scores.metrics["greedy"].low is not None
+
+
+def test_without_a_common_seed_nothing_is_compared(tmp_path: Path) -> None:
+    lost = {"evaluate-wd0.5-trials-seed1": "failed", "evaluate-wd0-trials-seed2": "failed"}
+    group = collect(fabricate(tmp_path / "study", replace(SMALL, finetune_axes={"seed": (1, 2)}, statuses=lost))).groups[0]
+    assert all("trials" not in model.finetuned_scores for model in group.models)
+    assert group.unequal_seeds == (UnequalSeeds("trials", None, (), {0.0: ("2",), 0.5: ("1",)}),)
+
+
+def test_a_weight_decay_without_any_seed_takes_none_from_the_others(tmp_path: Path) -> None:
+    lost = {f"evaluate-wd0.5-trials-seed{seed}": "failed" for seed in (1, 2)}
+    zero, half = collect(fabricate(tmp_path / "study", replace(SMALL, finetune_axes={"seed": (1, 2)}, statuses=lost))).groups[0].models
+    assert list(zero.finetuned_scores["trials"].by_seed) == ["1", "2"]
+    assert "trials" not in half.finetuned_scores
 
 
 def test_earlier_checkpoints_are_apart_from_the_last(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from tests.study.small import small_study, small_tree
 
 pytestmark = pytest.mark.slow
 
-NOTHING = {"probes": None, "attention": None, "overfitting": None}
+NOTHING = {"probes": None, "attention": None, "overfitting": None, "features": None}
 
 
 def command(*arguments: str | Path) -> list[str]:
@@ -38,7 +38,7 @@ def test_a_study_from_corpus_to_report(tmp_path: Path) -> None:
     outcome = run_study(small_study(tmp_path))
     assert outcome.failed == {}
     assert outcome.not_started == ()
-    assert len(outcome.done) == 14
+    assert len(outcome.done) == 16
     results = collect(outcome.folder)
     assert {cell.status for cell in results.cells} == {"done"}
     assert results.weight_decays == (0.0, 1.0)
@@ -53,7 +53,7 @@ def test_a_study_from_corpus_to_report(tmp_path: Path) -> None:
     first = next(cell for cell in results.cells if cell.id == "pretrain-wd1")
     written = (first.folder / "results.json").stat().st_mtime_ns
     again = run_study(small_study(tmp_path))
-    assert len(again.done) == 14
+    assert len(again.done) == 16
     assert (first.folder / "results.json").stat().st_mtime_ns == written, "what is done is not done again"
 
 
@@ -101,7 +101,7 @@ def test_a_stopped_study_keeps_what_is_done_and_goes_on(tmp_path: Path) -> None:
 
 def test_a_failure_stops_only_what_depends_on_it(tmp_path: Path) -> None:
     # λ·lr > 2 makes weights explode: this base model fails, the other one is not concerned.
-    changes = {"axes": {"optimizer.weight_decay": [0.0, 1e30]}, "analyses": {"probes": None, "overfitting": None}}
+    changes = {"axes": {"optimizer.weight_decay": [0.0, 1e30]}, "analyses": {**NOTHING, "attention": {"map_sequences": 1}}}
     outcome = run_study(small_study(tmp_path, changes))
     assert set(outcome.failed) == {"pretrain-wd1e30"}
     assert "training loss became" in outcome.failed["pretrain-wd1e30"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -13,11 +14,12 @@ from megatron_plasticity.config.training import BatchConfig, Batching
 from megatron_plasticity.data.blocks import BlockReader
 from megatron_plasticity.data.micro_batch import MicroBatch
 from megatron_plasticity.data.order import SampleOrder
-from megatron_plasticity.data.sft import EncodedExample
+from megatron_plasticity.data.sft import EncodedExample, EncodedExamples
 from megatron_plasticity.data.token_store import TokenStore, TokenStoreWriter
 from megatron_plasticity.errors import ConfigError, UserError
 from megatron_plasticity.models.loss import IGNORE, token_loss
 from megatron_plasticity.parallel.grid import ProcessGrid
+from megatron_plasticity.parallel.tensor import TensorRanks
 from megatron_plasticity.training.batches import Batches, FinetuneBatches, PretrainBatches
 from megatron_plasticity.training.objective import training_loss
 
@@ -41,7 +43,8 @@ def finetune_batches(
     count: int, epochs: int, micro: int = 8, rank: int = 0, ranks: int = 1, batching: Batching = "as_drawn"
 ) -> FinetuneBatches:
     batch = BatchConfig(global_batch_size=8, micro_batch_size=micro)
-    return FinetuneBatches(examples_of_unequal_lengths(count), epochs, batch, grid_of(rank, ranks), 42, PADDING, batching)
+    examples = EncodedExamples(examples_of_unequal_lengths(count))
+    return FinetuneBatches(examples, epochs, batch, grid_of(rank, ranks), 42, PADDING, batching)
 
 
 @pytest.fixture
@@ -138,11 +141,34 @@ def test_packed_micro_batches_are_those_by_length_without_padding(ranks: int, mi
                 assert [(tuple(a.tolist()), tuple(b.tolist())) for a, b in texts] == unpadded(rows)
 
 
-def test_padding_is_counted_over_the_whole_run() -> None:
+@pytest.mark.parametrize("batching", get_args(Batching))
+@pytest.mark.parametrize("tensor", [1, 4])
+def test_padding_is_counted_without_making_a_batch(batching: Batching, tensor: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As it lies in the batches, also where sequence parallelism wants rows of a multiple of its ranks."""
+    grid = replace(grid_of(0, 1), tensor=TensorRanks(size=tensor, sequence=True))
+    batch = BatchConfig(global_batch_size=8, micro_batch_size=2)
+    batches = FinetuneBatches(EncodedExamples(examples_of_unequal_lengths(11)), 4, batch, grid, 42, PADDING, batching)
+    rows = [row for step in range(batches.steps) for part in batches.step(step).micro_batches for row in part.inputs]
+    padding = sum(int((row == PADDING).sum()) for row in rows) / sum(map(len, rows))
+    for function in ("collate", "pack"):
+        monkeypatch.delattr(f"megatron_plasticity.training.batches.{function}")
+    assert batches.padding_share() == pytest.approx(padding)
+
+
+@pytest.mark.parametrize("batching", get_args(Batching))
+def test_attention_is_counted_by_the_length_of_each_text(batching: Batching) -> None:
+    lengths = [example.input_length for example in examples_of_unequal_lengths(8)]
+    step = finetune_batches(8, 1, 2, batching=batching).step(0)
+    assert (step.input_tokens, step.squared_lengths) == (sum(lengths), sum(length**2 for length in lengths))
+
+
+def test_a_pretraining_text_is_a_whole_row(reader: BlockReader) -> None:
+    step = pretrain_batches(reader).step(0)
+    assert (step.input_tokens, step.squared_lengths) == (8 * 4, 8 * 4 * 4)
+
+
+def test_padding_is_the_same_on_all_ranks_and_least_in_packs() -> None:
     shares = {batching: finetune_batches(11, 4, 2, batching=batching).padding_share() for batching in get_args(Batching)}
-    drawn = finetune_batches(11, 4, 2)
-    rows = [row for step in range(drawn.steps) for part in drawn.step(step).micro_batches for row in part.inputs]
-    assert shares["as_drawn"] == pytest.approx(sum(int((row == PADDING).sum()) for row in rows) / sum(map(len, rows)))
     assert shares["as_drawn"] > 2 * shares["by_length"] > 0
     assert shares["packed"] == 0.0
     two_ranks = [finetune_batches(11, 4, 2, rank, 2).padding_share() for rank in range(2)]
@@ -192,7 +218,7 @@ def test_prompts_are_inputs_only() -> None:
     batch = BatchConfig(global_batch_size=8, micro_batch_size=8)
     first = examples_of_unequal_lengths(8)
     second = [EncodedExample((*(299,) * e.prompt_length, *e.ids[e.prompt_length :]), e.prompt_length) for e in first]
-    steps = [FinetuneBatches(examples, 1, batch, grid_of(0, 1), 42, PADDING).step(0) for examples in (first, second)]
+    steps = [FinetuneBatches(EncodedExamples(each), 1, batch, grid_of(0, 1), 42, PADDING).step(0) for each in (first, second)]
     first_batch, second_batch = (step.micro_batches[0] for step in steps)
     assert not torch.equal(first_batch.inputs, second_batch.inputs)
     assert torch.equal(first_batch.targets, second_batch.targets)

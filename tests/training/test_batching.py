@@ -12,7 +12,7 @@ from torch import Tensor
 
 from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.config.training import Batching, FinetuneConfig, PretrainConfig
-from megatron_plasticity.data.sft import EncodedExample
+from megatron_plasticity.data.sft import EncodedExample, EncodedExamples
 from megatron_plasticity.models.attention import AttentionBackend
 from megatron_plasticity.models.initialisation import initialise
 from megatron_plasticity.models.transformer import Transformer
@@ -90,7 +90,7 @@ def one_step(
 ) -> Step:
     settings = recipe(zero_stage, clip=0.0, global_batch=16, micro_batch=micro_batch, checkpointing=checkpointing)
     with process_grid(torch.device("cpu")) as grid:
-        batches = FinetuneBatches(examples_of_unequal_lengths(), 1, settings.batch, grid, 42, 0, batching)
+        batches = FinetuneBatches(EncodedExamples(examples_of_unequal_lengths()), 1, settings.batch, grid, 42, 0, batching)
         engine = TrainingEngine(initial_model(model), settings, 0.0, grid)
         batch = batches.step(0)
         loss = float(engine.train_batch(batch)) / batch.target_tokens

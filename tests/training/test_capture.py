@@ -15,12 +15,14 @@ from megatron_plasticity.capture import writer as writer_module
 from megatron_plasticity.capture.sequences import CapturedSequences
 from megatron_plasticity.capture.store import ActivationStore
 from megatron_plasticity.config.analysis import ModelCaptureConfig
+from megatron_plasticity.config.hashing import canonical
 from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig
-from megatron_plasticity.errors import Interrupted, UserError
+from megatron_plasticity.errors import ConfigError, Interrupted, UserError
 from megatron_plasticity.evaluation.capture_job import capture
 from megatron_plasticity.tracking.progress import NoProgress
 from megatron_plasticity.tracking.run_folder import RunFolder
-from megatron_plasticity.training.finetune import finetune
+from megatron_plasticity.tracking.trained_model import TrainedModel
+from megatron_plasticity.training.finetune import finetune, finetune_folder
 from megatron_plasticity.training.pretrain import pretrain, pretrain_folder
 from megatron_plasticity.training.session import TrainingSession
 from tests.training.test_pretrain import StopAt, rows_without_time
@@ -129,33 +131,60 @@ def test_training_goes_on_while_a_dump_is_written_and_a_checkpoint_waits_for_it(
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"steps": [13]}, "lie after the last step, 12"),
-        ({"points": ["head"], "keep": "statistics", "positions": "all", "memory_mib": 1}, None),
-        ({"positions": "answer"}, "a corpus has none; state `task`"),
-        ({"texts": "nowhere.txt"}, "nowhere.txt"),
+        ({"steps": [13]}, "capture.steps: [13] lie after the last step, 12"),
+        ({"points": ["layers.0.nothing"]}, "capture: no hook point matches 'layers.0.nothing'"),
+        ({"points": ["*"], "keep": "statistics", "memory_mib": 1}, "capture: the covariance matrices of"),
+        ({"texts": "nowhere.txt"}, "capture.texts: nowhere.txt: there is no such file"),
     ],
 )
-def test_bad_settings_stop_before_the_first_step(
-    pretrain_config: MakePretrain, settings: dict[str, Any], message: str | None
-) -> None:
-    config = pretrain_config({"capture": settings})
-    if message is None:  # 300² · 8 bytes fit
-        assert store_of(pretrain(config, NoProgress())).points_with_statistics(12) == ["head"]
-        return
-    with pytest.raises(UserError) as caught:
+def test_bad_settings_leave_no_folder(pretrain_config: MakePretrain, settings: dict[str, Any], message: str) -> None:
+    config = pretrain_config({"capture": settings, "model": {"vocab_size": 400}})
+    with pytest.raises(ConfigError) as caught:
         pretrain(config, NoProgress())
     assert message in str(caught.value)
+    assert not list(config.output.glob("pretrain-*"))
+
+
+def test_sequences_that_keep_nothing_stop_before_the_first_step(pretrain_config: MakePretrain) -> None:
+    config = pretrain_config({"capture": {"positions": "answer"}})
+    with pytest.raises(UserError, match="a corpus has none; state `task`"):
+        pretrain(config, NoProgress())
     assert not pretrain_folder(config).checkpoints()
 
 
-def test_a_run_goes_on_with_the_sequences_that_it_began_with(pretrain_config: MakePretrain, tmp_path: Path) -> None:
-    texts = tmp_path / "texts.txt"
+def test_covariances_that_fit_are_dumped(pretrain_config: MakePretrain) -> None:
+    """300² · 8 bytes."""
+    settings = {"points": ["head"], "keep": "statistics", "positions": "all", "memory_mib": 1}
+    assert store_of(pretrain(pretrain_config({"capture": settings}), NoProgress())).points_with_statistics(12) == ["head"]
+
+
+def test_other_texts_make_another_run_wherever_they_lie(pretrain_config: MakePretrain, tmp_path: Path) -> None:
+    texts, moved = tmp_path / "texts.txt", tmp_path / "moved.txt"
     texts.write_text("one\ntwo\n")
-    config = pretrain_config({"capture": {"texts": str(texts), "steps": [2]}})
+    config, elsewhere = (pretrain_config({"capture": {"texts": str(path)}}) for path in (texts, moved))
     with pytest.raises(Interrupted):
         pretrain(config, StopAt(3, signal.SIGTERM))
-    folder = pretrain_folder(config).path / "activations"
-    assert len(CapturedSequences.load(folder)) == 2
-    texts.write_text("one\nother\n")
-    with pytest.raises(UserError, match="holds activations of other sequences"):
-        pretrain(config, NoProgress())
+    done = pretrain(config, NoProgress())
+    assert len(CapturedSequences.load(done.path / "activations")) == 2
+    moved.write_text("one\ntwo\n")
+    assert pretrain(elsewhere, NoProgress()) == done
+    texts.write_text("one\ntwo\nthree\n")
+    other = pretrain(config, NoProgress())
+    assert other != done
+    assert len(CapturedSequences.load(other.path / "activations")) == 3
+
+
+def test_other_texts_make_another_fine_tuning(base: RunFolder, finetune_config: MakeFinetune, tmp_path: Path) -> None:
+    texts = tmp_path / "texts.txt"
+    config, model = finetune_config(base.path, {"capture": {"texts": str(texts)}}), TrainedModel.open(base.path)
+    texts.write_text("one\n")
+    first = finetune_folder(config, model)
+    assert first.inputs.keys() == {"base", "capture_texts"}
+    texts.write_text("other\n")
+    assert finetune_folder(config, model) != first
+
+
+def test_runs_without_texts_have_the_hashes_that_they_had(pretrain_config: MakePretrain) -> None:
+    config = pretrain_config({"capture": {"steps": [2]}})
+    assert pretrain_folder(config).inputs.keys() == {"corpus"}
+    assert canonical(config)["capture"].keys() == {"points", "sequences", "positions", "dtype", "steps", "at_end"}

@@ -199,11 +199,24 @@ def test_only_a_decay_that_is_asked_for_shrinks_weights(finetune_config: Make, b
     torch.testing.assert_close(final_weights(decayed)["embed.weight"][unread], before[unread] * factor, rtol=2e-6, atol=1e-8)
 
 
-def test_examples_longer_than_the_context_are_refused(finetune_config: Make, base: RunFolder) -> None:
-    config = finetune_config(base.path, {"max_length": 129})
-    with pytest.raises(ConfigError, match=r"max_length=129.*context_length=128"):
+def test_what_cannot_work_on_a_base_is_told_at_once_and_leaves_no_folder(finetune_config: Make, base: RunFolder) -> None:
+    patterns = [{"pattern": "nothing.*", "decay": True}, {"pattern": "*", "decay": False}]
+    changes = {
+        "max_length": 129,
+        "capture": {"points": ["nope"], "steps": [99]},
+        "optimizer": {"decay": {"scope": "patterns", "patterns": patterns}},
+    }
+    config = finetune_config(base.path, changes)
+    with pytest.raises(ConfigError) as error:
         finetune(config, NoProgress())
-    assert finetune_folder(config, TrainedModel.open(base.path)).state.status == "failed"
+    for part in (
+        "max_length=129 exceeds the base model's context_length=128",
+        "capture: no hook point matches 'nope'",
+        "capture.steps: [99] lie after the last step, 8",
+        "optimizer.decay.patterns: 'nothing.*' matches no parameter",
+    ):
+        assert part in str(error.value)
+    assert not list(config.output.glob("finetune-*"))
 
 
 def test_prompts_that_all_fill_the_length_are_refused(finetune_config: Make, base: RunFolder) -> None:

@@ -92,6 +92,9 @@ def test_weight_and_update_norms_are_those_of_the_weights(pretrain_config: Make)
     assert row["weight_norm/norm"] == pytest.approx(math.sqrt(sum(float(after[n].square().sum()) for n in gains)), rel=1e-5)
     moved = math.sqrt(sum(float((after[n] - before[n]).square().sum()) for n in gains))
     assert row["update_norm/norm"] == pytest.approx(moved, rel=1e-4)
+    last = next(r for r in reversed(read_metrics(folder.metrics_path)) if "train/learning_rate" in r)
+    effective = last["train/learning_rate"] / row["weight_norm/norm"]
+    assert row["effective_learning_rate/norm"] == pytest.approx(effective)
 
 
 def test_a_shower_of_signals_is_one_wish(pretrain_config: Make) -> None:

@@ -32,7 +32,7 @@ def list_page(folder: Path) -> Iterator[str]:
     if own:
         yield "your own"
         for path in own:
-            yield f"  {path.name}: {PreparedTask(path).description}"
+            yield f"  {path.name}{_description(PreparedTask(path))}"
             yield from _prepared_lines(PreparedTask(path))
     yield "procedural, always there"
     for name, task in PROCEDURAL_TASKS.items():
@@ -60,8 +60,19 @@ def _source(rows: Rows) -> str:
     return ", ".join(rows.files.paths)
 
 
+def _description(task: PreparedTask) -> str:
+    try:
+        return f": {task.description}"
+    except UserError:  # its lines say why
+        return ""
+
+
 def _prepared_lines(task: PreparedTask) -> Iterator[str]:
-    manifest = task.manifest
+    try:
+        manifest = task.manifest
+    except UserError as error:
+        yield f"{_INDENT}! {error}"
+        return
     tests = "; ".join(f"{name} {part['examples']:,}" for name, part in manifest["test_sets"].items())
     yield f"{_INDENT}prepared: {manifest['train']['examples']:,} training examples; {tests}"
     yield from (f"{_INDENT}! {name}: {part['flag']}" for name, part in manifest["test_sets"].items() if "flag" in part)

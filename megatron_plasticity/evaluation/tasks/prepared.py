@@ -20,6 +20,7 @@ import pyarrow
 import pyarrow.parquet
 
 from megatron_plasticity.config.files import sha256_file
+from megatron_plasticity.config.tasks import AnswerKind
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.evaluation.tasks.task import Example, Reference, Task
 
@@ -112,6 +113,15 @@ class PreparedTask:
     @property
     def identity(self) -> str:
         return self.manifest["sha256"]
+
+    @property
+    def answer_kinds(self) -> frozenset[AnswerKind]:
+        kinds: set[AnswerKind] = set()
+        for name in self.manifest["files"]:
+            kinds.update(
+                pyarrow.parquet.read_table(self.folder / name, columns=["answer_kind"])["answer_kind"].unique().to_pylist()
+            )
+        return frozenset(kinds)
 
     def train(self, count: int | None, seed: int) -> list[Example]:
         """`count` training examples; a smaller count is the beginning of a larger one. Raises UserError if there are fewer."""

@@ -20,6 +20,10 @@ class ProceduralTask:
     description: str
     identity: str | None = None
 
+    @property
+    def answer_kinds(self) -> frozenset[AnswerKind]:
+        return frozenset((self.answer_kind,))
+
     def train(self, count: int | None, seed: int) -> list[Example]:
         """`count` training examples, distinct in content; raises `UserError` if the task has fewer.
 

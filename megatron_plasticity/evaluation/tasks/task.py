@@ -50,6 +50,11 @@ class Task(Protocol):
         """SHA-256 of the examples, which enters the hash of a run; None where the code alone decides them."""
         ...
 
+    @property
+    def answer_kinds(self) -> frozenset[AnswerKind]:
+        """Kinds of the answers to its questions."""
+        ...
+
     def train(self, count: int | None, seed: int) -> list[Example]:
         """Training examples; raises `UserError` if the task has fewer than `count`."""
         ...

@@ -10,6 +10,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from megatron_plasticity.study.report.comparability import readability
+from megatron_plasticity.study.report.features import FeaturesView, features_view
 from megatron_plasticity.study.report.figures import internals, training
 from megatron_plasticity.study.report.figures import outcomes as outcome_figures
 from megatron_plasticity.study.report.figures.svg import Palette, render
@@ -210,6 +211,10 @@ class Draughtsman:
             ]
             for layer, head in heads
         ]
+
+    def features(self) -> FeaturesView | None:
+        """Dormant units, ranks, norms and step sizes; None where they were not measured."""
+        return features_view(self.models, self.palette, self.axis, self._drawing)
 
     def curves(self) -> list[Drawing]:
         """Training curves and weight norms, for every metric that some run logged."""

@@ -39,7 +39,7 @@ def finetuning_tables(
             TitledTable(f"Best λ after each of {len(found.variants)} ways of fine-tuning", _by_variant(found, variants))
         )
         tables += curve_tables(found.outcome_curves, found.statistics["weight_decays"], of=": each way of fine-tuning")
-    if any(scores.by_seed for model in models for scores in model.finetuned_scores.values()):
+    if any(len(scores.by_seed) > 1 for model in models for scores in model.finetuned_scores.values()):
         tables.append(TitledTable("Spread over seeds of fine-tuning, percentage points", _over_seeds(models, outcomes)))
     return tables
 
@@ -78,12 +78,34 @@ def _over_seeds(models: Sequence[BaseModel], outcomes: Sequence[Outcome]) -> Tab
 
 
 def _spread(model: BaseModel, outcomes: Sequence[str]) -> Entry:
-    """Standard deviation over the seeds that every outcome has of the mean over the outcomes."""
+    means = _means_by_seed(model, outcomes)
+    return Entry(percent(stdev(means.values())), f"{len(means)} seeds") if len(means) > 1 else Entry("–")
+
+
+def _means_by_seed(model: BaseModel, outcomes: Sequence[str]) -> dict[str, float]:
+    """Mean score over the outcomes by seed of fine-tuning, of the seeds that every outcome has; empty if one has no scores."""
     found = [model.finetuned_scores[name].by_seed for name in outcomes if name in model.finetuned_scores]
     seeds = [seed for seed in found[0] if all(seed in by_seed for by_seed in found)] if len(found) == len(outcomes) else []
-    if len(seeds) < 2:
-        return Entry("–")
-    return Entry(percent(stdev(fmean(by_seed[seed] for by_seed in found) for seed in seeds)), f"{len(seeds)} seeds")
+    return {seed: fmean(by_seed[seed] for by_seed in found) for seed in seeds}
+
+
+def seed_records(models: Sequence[BaseModel], outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
+    """For `report.json`: scores by seed of fine-tuning and their standard deviation, which is null for one seed; per outcome, and
+    of the mean over all of them. Empty without an axis of seeds."""
+    parts = {outcome.name: [outcome.name] for outcome in outcomes}
+    if len(parts) > 1:
+        parts[MEAN] = list(parts)
+    return [
+        {
+            "outcome": name,
+            "weight_decay": model.weight_decay,
+            "scores": means,
+            "standard_deviation": stdev(means.values()) if len(means) > 1 else None,
+        }
+        for name, outcomes_of_part in parts.items()
+        for model in models
+        if (means := _means_by_seed(model, outcomes_of_part))
+    ]
 
 
 def step_tables(found: Findings) -> list[TitledTable]:

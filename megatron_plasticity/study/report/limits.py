@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from megatron_plasticity.study.results import BASE_KINDS, StudyResults
+from collections.abc import Sequence
+
+from megatron_plasticity.study.results import BASE_KINDS, StudyResults, UnequalSeeds
 from megatron_plasticity.study.scores import number
+
+_NAMED = 8
+"""Places with missing seeds that are named; of more, the number is."""
 
 
 def limits(results: StudyResults) -> list[str]:
@@ -16,6 +21,7 @@ def limits(results: StudyResults) -> list[str]:
             _repetition(results),
             _seeds(results),
             _finetune_seeds(results),
+            _unequal_seeds(results),
             _intervals(results),
             _questions(results),
             _sources(results),
@@ -102,9 +108,31 @@ def _finetune_seeds(results: StudyResults) -> str:
     if len(results.finetune_seeds) < 2:
         return ""
     return (
-        f"Seeds of fine-tuning. Each base model was fine-tuned with {len(results.finetune_seeds)} seeds, and their scores are "
+        f"Seeds of fine-tuning. Each base model is fine-tuned with {len(results.finetune_seeds)} seeds, and their scores are "
         "averaged question by question. The spread over them is in its own table, and is not part of the intervals."
     )
+
+
+def _unequal_seeds(results: StudyResults) -> str:
+    found = [(group.label, each) for group in results.groups for each in group.unequal_seeds]
+    if not found:
+        return ""
+    return (
+        "Missing seeds. Not every λ finished the same seeds of fine-tuning. Scores are averaged over the seeds that every λ of a "
+        f"comparison finished, and the others are left out: {'; '.join(_lacking(*each) for each in found[:_NAMED])}"
+        + (f"; and {len(found) - _NAMED} more" if len(found) > _NAMED else "")
+        + ". Run the study again to complete them."
+    )
+
+
+def _lacking(group: str, unequal: UnequalSeeds) -> str:
+    where = ", ".join(part for part in (group, unequal.outcome, f"step {unequal.step}" if unequal.step is not None else "") if part)
+    who = ", ".join(f"λ = {decay:.3g} lacks {_seed_names(seeds)}" for decay, seeds in unequal.lacking.items())
+    return f"{where}: {who}, {'compared over ' + _seed_names(unequal.compared) if unequal.compared else 'so nothing is compared'}"
+
+
+def _seed_names(seeds: Sequence[str]) -> str:
+    return f"{'seed' if len(seeds) == 1 else 'seeds'} {', '.join(seeds)}"
 
 
 def _intervals(results: StudyResults) -> str:

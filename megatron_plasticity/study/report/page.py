@@ -21,9 +21,16 @@ from megatron_plasticity.study.report.assertion_table import assertion_tables
 from megatron_plasticity.study.report.assertions import StudyAssertions, assess, record
 from megatron_plasticity.study.report.comparability import base_format_rates
 from megatron_plasticity.study.report.drawings import Draughtsman, Drawing
+from megatron_plasticity.study.report.features import FeaturesView
 from megatron_plasticity.study.report.figures.svg import Palette, drawing
 from megatron_plasticity.study.report.findings import Findings, find
-from megatron_plasticity.study.report.finetuning_tables import finetuning_tables, legend, scores_by_test_set, step_tables
+from megatron_plasticity.study.report.finetuning_tables import (
+    finetuning_tables,
+    legend,
+    scores_by_test_set,
+    seed_records,
+    step_tables,
+)
 from megatron_plasticity.study.report.limits import limits
 from megatron_plasticity.study.report.loss_tables import model_table, paired_loss_caption, paired_loss_table
 from megatron_plasticity.study.report.plasticity_tables import LEGEND, TitledTable, plasticity_tables
@@ -60,6 +67,7 @@ class GroupView:
     spectra: list[list[Drawing]]
     attention_maps: list[list[Drawing]]
     gaps: list[Drawing]
+    features: FeaturesView | None
     curves: list[Drawing]
 
 
@@ -125,6 +133,7 @@ def _group_view(results: StudyResults, group: Group, found: Findings, draughtsma
         spectra=draughtsman.spectra(),
         attention_maps=draughtsman.attention_maps(),
         gaps=draughtsman.gaps(),
+        features=draughtsman.features(),
         curves=draughtsman.curves(),
     )
 
@@ -133,7 +142,7 @@ def _context(results: StudyResults, groups: list[GroupView], assertions: StudyAs
     incomplete = [cell for cell in results.cells if cell.status != "done"]
     counts = Counter(cell.status for cell in results.cells)
     summary = ", ".join(f"{count} {status}" for status, count in counts.most_common())
-    sections = ("tasks", "test_set_tables", "over_steps", "samples", "probes", "gaps", "curves")
+    sections = ("tasks", "test_set_tables", "over_steps", "samples", "probes", "gaps", "features", "curves")
     has = {name: any(getattr(group, name) for group in groups) for name in sections}
     has["attention"] = any(group.pseudo_ranks or group.spectra or group.attention_maps for group in groups)
     return {
@@ -229,6 +238,7 @@ def _report_json(results: StudyResults, findings: list[Findings], assertions: St
                 "label": group.label,
                 "models": [m.pretrain.id for m in group.models],
                 **found.record(),
+                **({"finetune_seeds": seed_records(group.models, results.outcomes)} if results.finetune_seeds else {}),
                 "assertions": record(asserted),
             }
             for group, found, asserted in zip(results.groups, findings, assertions.groups, strict=True)

@@ -169,9 +169,10 @@ def cell_columns(results: StudyResults) -> tuple[str, ...]:
 
 
 def score_columns(results: StudyResults) -> tuple[str, ...]:
-    """Columns of `scores.csv`, likewise; and the test set if a task has several."""
+    """Columns of `scores.csv`, likewise; the test set if a task has several, and the seed if fine-tuning has an axis of seeds."""
     several = any(scores.test_sets for model in _models(results) for scores in _all_scores(model))
-    return (*_SCORE_COLUMNS, *_further_columns(results), *(["test_set"] if several else []))
+    seeds = ["seed"] if results.finetune_seeds else []
+    return (*_SCORE_COLUMNS, *_further_columns(results), *(["test_set"] if several else []), *seeds)
 
 
 def _further_columns(results: StudyResults) -> list[str]:
@@ -208,7 +209,8 @@ def cell_records(results: StudyResults) -> list[dict[str, Any]]:
 def score_records(results: StudyResults) -> list[dict[str, Any]]:
     """One record per model, task and metric, for `scores.csv`; shares are fractions of 1.
 
-    A record without a test set is of the whole task, one without a step of the last checkpoint; repeats are averaged.
+    A record without a test set is of the whole task, one without a step of the last checkpoint. One with a seed is the greedy
+    score after fine-tuning with it; the others are means over the seeds.
     """
     columns = score_columns(results)
     return [
@@ -241,7 +243,10 @@ def _records_of_model(group: str, model: BaseModel, outcomes: Sequence[Outcome])
                 for test_set, questions, metrics in parts:
                     for metric, found in metrics.items():
                         measured = {"metric": metric, "value": found.value, "low": found.low, "high": found.high}
-                        yield {**where, **measured, "questions": questions, "test_set": test_set}
+                        yield {**where, **measured, "questions": questions, "test_set": test_set, "seed": ""}
+                for seed, value in scores.by_seed.items():
+                    measured = {"metric": "greedy", "value": value, "low": None, "high": None}
+                    yield {**where, **measured, "questions": scores.questions, "test_set": "", "seed": seed}
 
 
 def _models(results: StudyResults) -> Iterator[BaseModel]:
