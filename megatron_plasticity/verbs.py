@@ -357,8 +357,16 @@ def analyze_overfitting(arguments: Namespace) -> None:
     results = folder.results
     gap = results["gap"]
     print(f"held-out loss {results['held_out_loss']:.4f}, seen loss {results['seen_loss']:.4f}")
-    print(f"gap {gap['value']:.4f}  [{gap['low']:.4f}, {gap['high']:.4f}]")
+    print(f"gap {_with_interval(gap)}")
+    if by_document := results.get("by_document"):
+        sides = f"{by_document['seen_documents']:,} seen and {by_document['held_out_documents']:,} held-out documents"
+        print(f"gap by document {_with_interval(by_document['gap'])}, of {sides}")
     print(folder.path)
+
+
+def _with_interval(estimate: dict[str, float]) -> str:
+    interval = f"  [{estimate['low']:.4f}, {estimate['high']:.4f}]" if "low" in estimate else ""
+    return f"{estimate['value']:.4f}{interval}"
 
 
 def analyze_features(arguments: Namespace) -> None:

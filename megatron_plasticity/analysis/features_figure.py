@@ -28,7 +28,7 @@ def features_figure(results: Mapping[str, Any]) -> Figure:
     """Panels over layers and, where the model's training was logged, one over steps."""
     training = results["training"]
     panels = 4 if training and training["steps"] else 3
-    figure = Figure(figsize=(4.3 * 2, 3.4 * -(-panels // 2)), layout="constrained")
+    figure = Figure(figsize=(4.6 * 2, 3.8 * -(-panels // 2)), layout="constrained")
     grid = list(figure.subplots(-(-panels // 2), 2).flat)
     _dormant(grid[0], results["layers"])
     _ranks(grid[1], results["layers"], results["hidden_size"])
@@ -46,10 +46,10 @@ def _dormant(axes: Axes, layers: Sequence[Mapping[str, Any]]) -> None:
             shares = [100 * layer[kind][threshold] for layer in layers]
             name = "units" if kind == "dormant_units" else "heads"
             axes.plot(shares, style, color=colour, markersize=3.5, label=f"{name}, τ = {threshold}")
-    axes.set_ylim(bottom=0)
+    axes.set_ylim(0, max(1.0, axes.get_ylim()[1]))
     axes.set_title("Dormant units of the MLP, and heads")
     axes.set_ylabel("share of the layer (%)")
-    axes.legend(fontsize=8)
+    _legend(axes)
     _over_layers(axes)
 
 
@@ -61,7 +61,7 @@ def _ranks(axes: Axes, layers: Sequence[Mapping[str, Any]], most: int) -> None:
     axes.set_ylim(0, 1.05 * most)
     axes.set_title(f"Ranks of the {most:,} features after each layer")
     axes.set_ylabel("rank")
-    axes.legend(fontsize=8)
+    _legend(axes)
     _over_layers(axes)
 
 
@@ -85,7 +85,7 @@ def _updates(axes: Axes, training: Mapping[str, Any]) -> None:
     axes.set_yscale("log")
     axes.set_title("Relative update ‖ΔW‖/‖W‖")
     axes.set_xlabel("step")
-    axes.legend(fontsize=8)
+    _legend(axes)
     axes.grid(axis="y")
     axes.tick_params(colors=INK, length=0)
 
@@ -96,6 +96,11 @@ def _over_layers(axes: Axes) -> None:
     axes.grid(axis="y")
     axes.tick_params(colors=INK, length=0)
     axes.spines[:].set_color(MUTED)
+
+
+def _legend(axes: Axes) -> None:
+    """Below the axes, where it covers no line."""
+    axes.legend(fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=3)
 
 
 def _gaps(values: Sequence[float | None]) -> list[float]:

@@ -15,11 +15,12 @@ import numpy as np
 import torch
 
 from megatron_plasticity.analysis.bootstrap import interval, resampled_means
+from megatron_plasticity.analysis.document_losses import DocumentLosses, document_gap
+from megatron_plasticity.analysis.losses import mean_losses, token_losses
 from megatron_plasticity.config.analysis import OverfittingRecipe
 from megatron_plasticity.data.blocks import BlockReader
 from megatron_plasticity.data.ledger import Ledger, draw_consumed_blocks
 from megatron_plasticity.errors import UserError
-from megatron_plasticity.models.loss import IGNORE, token_loss
 from megatron_plasticity.models.transformer import Transformer
 from megatron_plasticity.tracking.progress import Progress
 
@@ -36,7 +37,7 @@ def run_overfitting(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Gap of a model whose run consumed what `ledger` says of `seen`; results as in `gap`.
+    """Gap of a model whose run consumed what `ledger` says of `seen`; results as in `gap`, `by_document` as in `document_gap`.
 
     The seen sequences are drawn uniformly from the different blocks that the run consumed, the same number from each decile (up
     to one), so that the deciles partition the draw. The draw depends on the ledger and the recipe's seed alone: it is the same
@@ -57,11 +58,25 @@ def run_overfitting(
     held_out_blocks = np.sort(generator.choice(len(held_out), size=min(recipe.sequences, len(held_out)), replace=False))
 
     total = len(seen_blocks) + len(held_out_blocks)
-    batch_size = recipe.batch_size
-    seen_losses = sequence_losses(model, seen, seen_blocks, batch_size, device, progress, 0, total)
-    held_out_losses = sequence_losses(model, held_out, held_out_blocks, batch_size, device, progress, len(seen_blocks), total)
-    found = gap(seen_losses, held_out_losses, deciles, recipe.bootstrap_resamples, recipe.seed, (seen_blocks, held_out_blocks))
-    return {**found, "passes": ledger.passes}
+    by_sequence: list[np.ndarray] = []
+    by_document: list[DocumentLosses] = []
+    done = 0
+    for reader, blocks in ((seen, seen_blocks), (held_out, held_out_blocks)):
+        documents = DocumentLosses(reader)
+        sequences: list[float] = []
+        for losses, is_target in token_losses(model, reader, blocks, recipe.batch_size, device):
+            for block, row in zip(blocks[len(sequences) :], losses, strict=False):
+                documents.add(int(block), row)
+            sequences += mean_losses(losses, is_target).tolist()
+            done += len(losses)
+            if progress is not None:
+                progress.update(done, total, "sequences")
+        by_sequence.append(np.array(sequences))
+        by_document.append(documents)
+    resamples, seed, blocks = recipe.bootstrap_resamples, recipe.seed, (seen_blocks, held_out_blocks)
+    found = gap(by_sequence[0], by_sequence[1], deciles, resamples, seed, blocks)
+    documents_gap = document_gap(by_document[0], by_document[1], resamples, seed)
+    return {**found, **({} if documents_gap is None else {"by_document": documents_gap}), "passes": ledger.passes}
 
 
 def gap(
@@ -116,32 +131,3 @@ def gap(
     if blocks is not None:
         result["seen_blocks"], result["held_out_blocks"] = ([int(block) for block in side] for side in blocks)
     return result
-
-
-@torch.no_grad()
-def sequence_losses(
-    model: Transformer,
-    reader: BlockReader,
-    blocks: np.ndarray,
-    batch_size: int,
-    device: torch.device | str = "cpu",
-    progress: Progress | None = None,
-    done_before: int = 0,
-    total: int | None = None,
-) -> np.ndarray:
-    """Mean cross entropy of each block in nats per token: float64 [len(blocks)]; token losses in fp32, their mean in fp64."""
-    was_training = model.training
-    model.eval()
-    losses = []
-    try:
-        for start in range(0, len(blocks), batch_size):
-            inputs, targets = reader.batch(blocks[start : start + batch_size])
-            targets = targets.to(device)
-            token_losses = token_loss(model(inputs.to(device)), targets).cross_entropy.double()
-            losses.append((token_losses.sum(dim=1) / (targets != IGNORE).sum(dim=1)).cpu().numpy())
-            if progress is not None:
-                done = done_before + start + len(inputs)
-                progress.update(done, len(blocks) if total is None else total, "sequences")
-    finally:
-        model.train(was_training)
-    return np.concatenate(losses)

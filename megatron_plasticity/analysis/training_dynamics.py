@@ -42,8 +42,9 @@ def training_dynamics(
     "effective_learning_rate", "over_equilibrium"}}}`.
 
     The n steps are those whose norms were logged. `equilibrium` is null for a class of which not all decays, and so is
-    `over_equilibrium`: the relative update over the equilibrium's, median over the second half of the logged steps. The other
-    numbers of the summary are those of the last logged step. `gradient_norm` is the mean global norm over the last tenth of the
+    `over_equilibrium`: the relative update over the equilibrium's, median over the logged steps whose learning rate is at least
+    half of its peak, since weights cannot follow the ends of a schedule. The other numbers of the summary are those of the last
+    logged step. `gradient_norm` is the mean global norm over the last tenth of the
     steps, before clipping; null where none was logged. Without decay `of_run` is null.
 
     Args:
@@ -69,6 +70,7 @@ def training_dynamics(
             "relative_update": _ratios(updates, weights),
             "equilibrium": [equilibrium(decay, beta) for decay in decays] if kind in decaying else None,
         }
+    high = [rate >= recipe.optimizer.learning_rate / 2 for rate in rates]
     timescale = adamw_timescale(
         recipe.optimizer.decay_per_step(weight_decay, recipe.optimizer.learning_rate), total_steps
     )  # at the peak learning rate
@@ -78,7 +80,7 @@ def training_dynamics(
         "steps": steps,
         "learning_rate": rates,
         "classes": classes,
-        "summary": {kind: _summary(found) for kind, found in classes.items()} if steps else {},
+        "summary": {kind: _summary(found, high) for kind, found in classes.items()} if steps else {},
     }
 
 
@@ -108,20 +110,21 @@ def _decaying_classes(recipe: TrainingRecipe, weight_decay: float, shapes: Mappi
     return {parameter_class(name) for name in groups.decayed} - {parameter_class(name) for name in groups.not_decayed}
 
 
-def _summary(found: Mapping[str, Any]) -> dict[str, float | None]:
+def _summary(found: Mapping[str, Any], high: Sequence[bool]) -> dict[str, float | None]:
     return {
         "relative_update": found["relative_update"][-1],
         "effective_learning_rate": found["effective_learning_rate"][-1],
-        "over_equilibrium": _over_equilibrium(found["relative_update"], found["equilibrium"]),
+        "over_equilibrium": _over_equilibrium(found["relative_update"], found["equilibrium"], high),
     }
 
 
-def _over_equilibrium(updates: Sequence[float | None], predicted: Sequence[float] | None) -> float | None:
+def _over_equilibrium(
+    updates: Sequence[float | None], predicted: Sequence[float] | None, counted: Sequence[bool]
+) -> float | None:
     if predicted is None:
         return None
-    half = len(updates) // 2
-    pairs = zip(updates[half:], predicted[half:], strict=True)
-    ratios = [update / expected for update, expected in pairs if update is not None and expected > 0]
+    steps = zip(updates, predicted, counted, strict=True)
+    ratios = [update / expected for update, expected, counts in steps if counts and update is not None and expected > 0]
     return median(ratios) if ratios else None
 
 

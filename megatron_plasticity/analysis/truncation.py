@@ -29,7 +29,7 @@ from torch import Tensor
 
 from megatron_plasticity.analysis.attention import core, each_layer, join_heads, one_thread, qk_norm_gains, thin_factors, triangle
 from megatron_plasticity.analysis.bootstrap import interval, resampled_means
-from megatron_plasticity.analysis.overfitting import sequence_losses
+from megatron_plasticity.analysis.losses import sequence_losses
 from megatron_plasticity.config.analysis import AttentionProduct, TruncationConfig
 from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.data.blocks import BlockReader

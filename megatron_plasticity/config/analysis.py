@@ -63,7 +63,8 @@ class CaptureConfig(ActivationsRecipe):
     every_steps: NonNegativeInt = added_later(0)
     """Dump every so many steps as well; 0 does not."""
     log_spaced: NonNegativeInt = added_later(0)
-    """Dump at so many steps from the first to the last as well, whose logarithms are equally far apart; 0 does not."""
+    """Dump at this many steps at most from the first to the last as well, whose logarithms are equally far apart; fewer where two
+    of them round to one step; 0 does not."""
     at_end: bool = True
     """Dump after the last step as well."""
 

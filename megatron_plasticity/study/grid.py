@@ -64,7 +64,7 @@ def equal_points(grid: Sequence[Mapping[str, Any]], configs: Sequence[Section], 
             # By their text, since 1 and 1.0 are two values of an axis.
             changed = [path for path in point if repr(point[path]) != repr(same[path])]
             one, other = (", ".join(f"{path}={each[path]!r}" for path in changed) for each in (same, point))
-            yield f"{where}: two points of the grid are the same run: {one} and {other}, which has equal results; keep one of them"
+            yield f"{where}: two points of the grid are the same run: {one} and {other} give equal results; keep one of them"
 
 
 def point_text(point: Mapping[str, Any]) -> str:

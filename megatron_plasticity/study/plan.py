@@ -110,8 +110,8 @@ def _refuse_equal_runs(config: StudyConfig, cells: Iterable[PlannedCell]) -> Non
         if (same := first.setdefault((cell.kind, _hash_of(cell)), cell.id)) != cell.id:
             where = {"import": "bases", "pretrain": "axes"}.get(cell.kind, "finetune_axes")
             raise ConfigError(
-                f"study {config.name}: {where}: {same} and {cell.id} are one run under two names, with equal results; leave one of "
-                "them out"
+                f"study {config.name}: {where}: {same} and {cell.id} are one run under two names, with equal results; "
+                "leave one of them out"
             )
 
 

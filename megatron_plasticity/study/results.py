@@ -406,9 +406,7 @@ def _base_model(
         pretrain=base,
         base_scores=by_step[None].base,
         finetuned_scores=averages(None),
-        earlier={
-            step: CheckpointScores(by_step[step].base, averages(step)) for step in sorted(step for step in by_step if step is not None)
-        },
+        earlier={step: CheckpointScores(by_step[step].base, averages(step)) for step in sorted(filter(None, by_step))},
         probes=analyses.get("probes"),
         attention=analyses.get("attention"),
         overfitting=overfitting,

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_plasticity.analysis.overfitting import gap, run_overfitting, sequence_losses
+from megatron_plasticity.analysis.document_losses import DocumentLosses, document_gap
+from megatron_plasticity.analysis.losses import sequence_losses
+from megatron_plasticity.analysis.overfitting import gap, run_overfitting
 from megatron_plasticity.config.analysis import OverfittingRecipe
 from megatron_plasticity.data.blocks import BlockReader
 from megatron_plasticity.data.ledger import Ledger, consumed_blocks
@@ -91,6 +93,9 @@ class MemorisingReader:
         self.asked.extend(int(block) for block in blocks)
         return self.inner.batch(blocks)
 
+    def locate(self, block: int) -> tuple[TokenStore, int]:
+        return self.inner.locate(block)
+
 
 def test_only_consumed_sequences_count_as_seen_and_each_decile_is_its_own(make_model: Make, tmp_path: Path) -> None:
     seen, held_out = MemorisingReader(reader(tmp_path, "train", 40, 0)), MemorisingReader(reader(tmp_path, "held", 12, 1))
@@ -103,6 +108,7 @@ def test_only_consumed_sequences_count_as_seen_and_each_decile_is_its_own(make_m
     assert (result["sequences"], result["held_out_sequences"]) == (20, 12)
     assert result["held_out_loss"] - result["seen_loss"] == pytest.approx(result["gap"]["value"])
     assert json.loads(json.dumps(result, allow_nan=False)) == result
+    assert "by_document" not in result, "each store is of one document"
     assert result["passes"] == 30 / 40
     assert result["seen_blocks"] == seen.asked
     assert result["held_out_blocks"] == list(range(12))
@@ -136,3 +142,38 @@ def test_a_run_that_consumed_nothing_or_another_corpus_is_refused(make_model: Ma
         run_overfitting(make_model(), blocks, blocks, ledger(0), "ab", OverfittingRecipe())
     with pytest.raises(UserError, match="consumed the corpus"):
         run_overfitting(make_model(), blocks, blocks, ledger(9), "cd", OverfittingRecipe())
+
+
+def documents_of(folder: Path, name: str, lengths: list[int], sequence_length: int = 39) -> DocumentLosses:
+    with TokenStoreWriter(folder / name, vocab_size=64) as writer:
+        for length in lengths:
+            writer.add_document([1] * length)
+    return DocumentLosses(BlockReader(TokenStore(folder / name), sequence_length))
+
+
+def test_each_token_counts_for_the_document_that_it_is_of(tmp_path: Path) -> None:
+    # Blocks of 40 tokens: 0 to 39 and 40 to 79. Documents: 0 to 24, 25 to 64, 65 to 68, 69 to 99.
+    losses = documents_of(tmp_path, "train", [25, 40, 4, 31])
+    token = np.arange(100, dtype=float)
+    losses.add(1, token[41:80])
+    losses.add(0, token[1:40])
+    expected = {0: token[1:25].mean(), 1: np.r_[token[25:40], token[41:65]].mean()}
+    found = losses.means()
+    assert {index: found[store, index] for store, index in found} == pytest.approx(expected)  # the others have too few targets
+    assert [losses.tokens((tmp_path / "train", index)) for index in range(4)] == [24, 39, 4, 11]
+
+
+def test_the_gap_by_document_weighs_documents_alike(tmp_path: Path) -> None:
+    seen, held_out = documents_of(tmp_path, "train", [20, 100]), documents_of(tmp_path, "held", [60, 60])
+    for side, values in ((seen, (1.0, 3.0)), (held_out, (4.0, 6.0))):
+        ends = {id(seen): 20, id(held_out): 60}[id(side)]
+        token = np.where(np.arange(120) < ends, *values)
+        for block in range(3):
+            side.add(block, token[40 * block + 1 : 40 * (block + 1)])
+    found = document_gap(seen, held_out, resamples=200, seed=0)
+    assert found is not None
+    assert found["gap"]["value"] == 5 - 2
+    assert found["gap"]["low"] < 3 < found["gap"]["high"]
+    assert (found["seen_loss"], found["held_out_loss"], found["seen_documents"], found["held_out_documents"]) == (2, 5, 2, 2)
+    assert [(entry["document"], entry["targets"], entry["loss"]) for entry in found["best_known"]] == [(0, 19, 1), (1, 98, 3)]
+    assert document_gap(documents_of(tmp_path, "one", [40]), held_out, 10, 0) is None

@@ -75,6 +75,17 @@ def test_only_what_decays_has_an_equilibrium(pretrain_config: Make) -> None:
     assert all(of_class["equilibrium"] is None for of_class in without["classes"].values())
 
 
+def test_the_ends_of_a_schedule_are_left_out(pretrain_config: Make) -> None:
+    """Updates that are as large at every step: against the prediction for a linear schedule's steps of at least half the peak."""
+    changes = {"schedule": {"kind": "linear", "warmup_fraction": 0.1, "final_fraction": 0}, "steps": 100}
+    config = pretrain_config({**changes, "optimizer": {"weight_decay": 2.0}})
+    logged = [3, 10, 30, 50, 80, 100]
+    found = dynamics(config, rows(logged, 10.0, 0.5))
+    predicted = dict(zip(logged, found["classes"]["mlp"]["equilibrium"], strict=True))
+    assert found["learning_rate"][1] == 0.005
+    assert found["summary"]["mlp"]["over_equilibrium"] == pytest.approx(0.05 / predicted[30])
+
+
 def test_independent_decay_counts_as_what_a_step_takes_off(pretrain_config: Make) -> None:
     independent = {"weight_decay": 0.01, "decay": {"coupling": "independent"}}
     found = dynamics(constant(pretrain_config, **independent), rows([100], 10.0, 0.5))

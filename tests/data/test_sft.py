@@ -65,7 +65,8 @@ def test_truncation_is_at_the_end(tokenizer: Tokenizer) -> None:
 def test_many_equal_one_by_one(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sft, "_CHUNK", 2)
     pairs = [("what?", " a"), ("", ""), ("it", " matrix" * 20)]
-    assert list(encode_examples(tokenizer, TEMPLATE, pairs, 30)) == [encode_example(tokenizer, TEMPLATE, *pair, 30) for pair in pairs]
+    one_by_one = [encode_example(tokenizer, TEMPLATE, *pair, 30) for pair in pairs]
+    assert list(encode_examples(tokenizer, TEMPLATE, pairs, 30)) == one_by_one
 
 
 def test_many_examples_are_held_in_few_bytes() -> None:

@@ -179,7 +179,10 @@ def test_what_is_wrong_with_its_runs_is_told_at_once(tmp_path: Path, monkeypatch
 
 def test_points_are_what_a_config_makes_of_them(tmp_path: Path) -> None:
     """YAML reads 1e-1 as a text."""
-    changes = {"axes": {"optimizer.weight_decay": ["1e-1", 1]}, "finetune_axes": {"optimizer.learning_rate": ["1e-3"], "seed": ["7"]}}
+    changes = {
+        "axes": {"optimizer.weight_decay": ["1e-1", 1]},
+        "finetune_axes": {"optimizer.learning_rate": ["1e-3"], "seed": ["7"]},
+    }
     cells = {cell.id: cell for cell in plan_study(small_study(tmp_path, changes), "h").cells}
     finetune = cells["finetune-wd0.1-arithmetic-learning_rate0.001-seed7"]
     assert (finetune.point, finetune.variant) == ({"optimizer.weight_decay": 0.1}, {"optimizer.learning_rate": 0.001, "seed": 7})
@@ -355,7 +358,7 @@ def test_the_texts_of_probes_enter_the_hash_of_what_reads_them(tmp_path: Path) -
             {"finetune": {"batch": {"global_batch_size": 64}}},
             r"finetune on arithmetic: task\.train_examples: 16 usable examples times epochs=1 do not fill one batch",
         ),
-        ({"finetune": {"engine": {"deepspeed": {"optimizer": {}}}}}, r"finetune\.engine\.deepspeed\.optimizer: decided by our own"),
+        ({"finetune": {"engine": {"deepspeed": {"optimizer": {}}}}}, r"finetune\.engine\.deepspeed\.optimizer: decided by our"),
         ({"finetune": {"checkpoint": {"resume_from": "nowhere"}}}, r"finetune\.checkpoint\.resume_from: nowhere: no such"),
         ({"finetune_axes": {"batch.global_batch_size": [8, 12]}}, r"micro_batch_size=8 must divide global_batch_size=12"),
         ({"finetune_axes": {"max_length": [16, 1000]}}, r"finetune\.max_length=1000 exceeds the base model's context_length=160"),

@@ -9,6 +9,7 @@ import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
@@ -480,13 +481,39 @@ def test_plasticity_over_pretraining_ends_with_the_last_checkpoint(varied: Path)
 def test_csv_tells_variants_steps_and_test_sets_apart(varied: Path) -> None:
     with (varied / "report" / "scores.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    key = ("weight_decay", "task", "model", "metric", "variant", "step", "test_set")
+    key = ("weight_decay", "task", "model", "metric", "variant", "step", "test_set", "seed")
     assert len({tuple(row[name] for name in key) for row in rows}) == len(rows)
     assert {row["step"] for row in rows} == {"", "100", "200"}
     assert {row["test_set"] for row in rows} == {"", "short", "long"}
     with (varied / "report" / "cells.csv").open(newline="") as file:
         cell = next(row for row in csv.DictReader(file) if row["id"].startswith("finetune-wd0.5-step100-trials"))
     assert (cell["variant"], cell["step"]) == ("optimizer.learning_rate=1e-05; optimizer.weight_decay=0.0; seed=1", "100")
+
+
+def test_scores_of_single_seeds_are_in_the_files(varied: Path) -> None:
+    with (varied / "report" / "scores.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["metric"] == "greedy" and row["test_set"] == ""]
+    place = ("weight_decay", "task", "variant", "step")
+    by_seed: dict[tuple[str, ...], dict[str, float]] = {}
+    for row in rows:
+        if row["model"] != "base":
+            by_seed.setdefault(tuple(row[name] for name in place), {})[row["seed"]] = float(row["value"])
+    means = {where: scores.pop("") for where, scores in by_seed.items()}
+    single = by_seed
+    assert {where: sum(scores.values()) / 2 for where, scores in single.items()} == pytest.approx(means)
+    first = varied_group(varied)["finetune_seeds"][0]
+    scores = single[(str(first["weight_decay"]), *first["outcome"].split(", ", 1), "")]
+    assert first["scores"] == pytest.approx(scores)
+    assert first["standard_deviation"] == pytest.approx(stdev(scores.values()))
+    assert varied_group(varied)["finetune_seeds"][-1]["outcome"] == "mean of tasks"
+
+
+def test_a_study_says_which_weight_decay_lacks_which_seed(tmp_path: Path) -> None:
+    what = replace(SMALL, finetune_axes={"seed": (1, 2, 3)}, statuses={"evaluate-wd0.5-trials-seed1": "failed"}, questions=30)
+    _, page = page_of(fabricate(tmp_path / "study", what))
+    assert "trials: λ = 0.5 lacks seed 1, compared over seeds 2, 3. Run the study again" in page.words
+    _, page = page_of(fabricate(tmp_path / "whole", replace(what, statuses={})))
+    assert "Missing seeds" not in page.words
 
 
 def test_the_sweep_of_the_paper_stays_readable(tmp_path: Path) -> None:

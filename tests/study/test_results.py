@@ -126,7 +126,8 @@ def test_without_a_common_seed_nothing_is_compared(tmp_path: Path) -> None:
 
 def test_a_weight_decay_without_any_seed_takes_none_from_the_others(tmp_path: Path) -> None:
     lost = {f"evaluate-wd0.5-trials-seed{seed}": "failed" for seed in (1, 2)}
-    zero, half = collect(fabricate(tmp_path / "study", replace(SMALL, finetune_axes={"seed": (1, 2)}, statuses=lost))).groups[0].models
+    what = replace(SMALL, finetune_axes={"seed": (1, 2)}, statuses=lost)
+    zero, half = collect(fabricate(tmp_path / "study", what)).groups[0].models
     assert list(zero.finetuned_scores["trials"].by_seed) == ["1", "2"]
     assert "trials" not in half.finetuned_scores
 

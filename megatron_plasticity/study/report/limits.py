@@ -126,7 +126,8 @@ def _unequal_seeds(results: StudyResults) -> str:
 
 
 def _lacking(group: str, unequal: UnequalSeeds) -> str:
-    where = ", ".join(part for part in (group, unequal.outcome, f"step {unequal.step}" if unequal.step is not None else "") if part)
+    step = "" if unequal.step is None else f"step {unequal.step}"
+    where = ", ".join(part for part in (group, unequal.outcome, step) if part)
     who = ", ".join(f"λ = {decay:.3g} lacks {_seed_names(seeds)}" for decay, seeds in unequal.lacking.items())
     return f"{where}: {who}, {'compared over ' + _seed_names(unequal.compared) if unequal.compared else 'so nothing is compared'}"
 
