@@ -48,10 +48,10 @@ def document_gap(seen: DocumentLosses, held_out: DocumentLosses, resamples: int,
     """mean(held out) − mean(seen) where each document counts once, however many of its tokens were drawn.
 
     Returns `gap` ({"value", "low", "high"}), `seen_loss` and `held_out_loss` in nats per token, `seen_documents`,
-    `held_out_documents`, and `best_known`; None if a side has fewer than two documents. The unit of the bootstrap is the document,
-    so that neither several sequences of a long one nor many short ones within a sequence count as independent of each other.
-    `best_known` are the seen documents with the least loss: store, number of the document, targets, loss. To be read as text:
-    that tells what was memorised from what is easy.
+    `held_out_documents` and `best_known`; None if a side has fewer than two documents. The unit of the bootstrap is the document:
+    neither several sequences of a long one nor many short ones within a sequence count as independent of each other.
+    `best_known` are the seen documents with the least loss: store, number of the document, targets, loss. They are to be read,
+    which tells what was memorised from what is easy.
 
     Source: our own; the claim that it examines is that of Han et al. (2602.11137).
     """

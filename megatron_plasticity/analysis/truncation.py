@@ -30,7 +30,7 @@ from torch import Tensor
 from megatron_plasticity.analysis.attention import core, each_layer, join_heads, one_thread, qk_norm_gains, thin_factors, triangle
 from megatron_plasticity.analysis.bootstrap import interval, resampled_means
 from megatron_plasticity.analysis.losses import sequence_losses
-from megatron_plasticity.config.analysis import AttentionProduct, TruncationConfig
+from megatron_plasticity.config.analysis import AttentionProduct, TruncationRecipe
 from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.data.blocks import BlockReader
 from megatron_plasticity.errors import UserError
@@ -112,7 +112,7 @@ def truncated_tensors(
             progress.update(layer_of[name] + 1, config.layers, "layers written")
 
 
-def ranks_to_try(recipe: TruncationConfig, head_dim: int) -> tuple[int, ...]:
+def ranks_to_try(recipe: TruncationRecipe, head_dim: int) -> tuple[int, ...]:
     """Ascending. Raises UserError for a rank beyond the head dimension."""
     if too_large := [rank for rank in recipe.ranks if rank > head_dim]:
         raise UserError(f"ranks: {too_large} exceed the head dimension of this model, {head_dim}, the most that a head can have")
@@ -167,7 +167,7 @@ class Heads:
 
 
 def run_truncation(
-    model: Transformer, weights: Mapping[str, Tensor], reader: BlockReader, recipe: TruncationConfig, progress: Progress
+    model: Transformer, weights: Mapping[str, Tensor], reader: BlockReader, recipe: TruncationRecipe, progress: Progress
 ) -> dict[str, Any]:
     """`results.json` of a `truncation` run; the model is as it was when this returns.
 

@@ -200,8 +200,8 @@ class AttentionConfig(AttentionRecipe, _AnalysisOf):
 AttentionProduct = Literal["qk", "vp"]
 
 
-class TruncationConfig(_AnalysisOf):
-    """Loss of one model after each head's W_QK or W_VP is cut to rank k (`megatron-plasticity analyze truncation`)."""
+class TruncationRecipe(Section):
+    """Loss of a model after each head's W_QK or W_VP is cut to rank k."""
 
     targets: tuple[AttentionProduct, ...] = Field(default=("qk", "vp"), min_length=1)
     """Which products to truncate, one at a time: `qk` W_Kᵀ·W_Q, `vp` W_P·W_V."""
@@ -220,6 +220,11 @@ class TruncationConfig(_AnalysisOf):
     """Resamples for the confidence intervals."""
     seed: NonNegativeInt = 42
     """Seed of the draw and of the resampling."""
+
+
+class TruncationConfig(TruncationRecipe, _AnalysisOf):
+    """Loss of one model after each head's W_QK or W_VP is cut to rank k (`megatron-plasticity analyze truncation`)."""
+
     write: bool = False
     """Keep the truncated model as a checkpoint, which can be fine-tuned and evaluated; for one target and one rank."""
 
@@ -294,3 +299,11 @@ class AnalysesConfig(Section):
     """Train–validation gap."""
     features: FeaturesRecipe | None = added_later(None)
     """Dormant units, effective ranks, norms and effective learning rate."""
+    truncation: TruncationRecipe | None = added_later(None)
+    """Loss after heads are cut to a lower rank."""
+
+    def on_held_out_sequences(self) -> Iterator[tuple[str, FeaturesRecipe | TruncationRecipe]]:
+        """Those that read held-out sequences of pretraining or a text of one's own, by kind."""
+        for kind, recipe in (("features", self.features), ("truncation", self.truncation)):
+            if recipe is not None:
+                yield kind, recipe

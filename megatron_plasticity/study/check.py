@@ -49,8 +49,8 @@ def check_study(config: StudyConfig, *, tasks_needed: bool = True) -> list[Pretr
     problems += task_problems(config) if tasks_needed else _problems_of_unknown_tasks(config)
     if config.analyses.probes:
         problems += problems_of([partial(probe_inputs, config.analyses.probes)])
-    if config.analyses.features and config.analyses.features.text:
-        problems += problems_of([partial(text_hash, config.analyses.features.text)])
+    texts = [recipe.text for _, recipe in config.analyses.on_held_out_sequences() if recipe.text]
+    problems += problems_of(partial(text_hash, text) for text in texts)
     grid = [] if config.bases else points(config.axes)
     bases: list[PretrainConfig] = []
     problems += problems_of(partial(_check_base, config, point, bases) for point in grid)
@@ -98,6 +98,9 @@ def _check_base(config: StudyConfig, point: Mapping[str, Any], bases: list[Pretr
     base = pretrain_config(config, point)
     problems = [f"base.{problem}" for problem in (*_problems_of_engine(config, base), *pretraining_problems(base))]
     problems += _problems_of_steps(config, base)
+    truncation = config.analyses.truncation
+    if truncation and (too_large := [rank for rank in truncation.ranks if rank > base.model.head_dim]):
+        problems.append(f"analyses.truncation.ranks: {too_large} exceed base.model.head_dim={base.model.head_dim}")
     for recipe in _recipes(config):
         problems += [f"finetune.{problem}" for problem in finetuning_problems(recipe, base.model)]
     if problems:
@@ -191,9 +194,11 @@ def _problems_of_bases(config: StudyConfig) -> Iterator[str]:
         yield f"bases: two models of group {group!r} have λ = {weight_decay:g}; give what differs otherwise another `group`"
     if config.analyses.overfitting:
         yield "analyses.overfitting: the gap is over the data of pretraining, which is not known of imported models; leave it out"
-    if config.analyses.features and not config.analyses.features.text:
+    for kind, recipe in config.analyses.on_held_out_sequences():
+        if recipe.text is not None:
+            continue
         yield (
-            "analyses.features: its sequences are held-out ones of pretraining, which are not known of imported models; name a "
+            f"analyses.{kind}: its sequences are held-out ones of pretraining, which are not known of imported models; name a "
             "text to take them from by `text`"
         )
     if config.analyses.attention and config.analyses.attention.map_sequences:

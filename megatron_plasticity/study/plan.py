@@ -9,7 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megatron_plasticity.config.analysis import AnalysesConfig, AttentionConfig, FeaturesConfig, OverfittingConfig, ProbesConfig
+from megatron_plasticity.config.analysis import (
+    AnalysesConfig,
+    AttentionConfig,
+    FeaturesConfig,
+    OverfittingConfig,
+    ProbesConfig,
+    TruncationConfig,
+)
 from megatron_plasticity.config.base import Section
 from megatron_plasticity.config.evaluation import EvaluateConfig, EvaluateRecipe
 from megatron_plasticity.config.files import text_hash
@@ -184,6 +191,7 @@ def _analyses(config: StudyConfig, root: PlannedCell, read: Mapping[str, Mapping
         ("attention", AttentionConfig, analyses.attention),
         ("overfitting", OverfittingConfig, analyses.overfitting),
         ("features", FeaturesConfig, analyses.features),
+        ("truncation", TruncationConfig, analyses.truncation),
     ):
         if recipe:
             inputs = {"model": base.identity, **read.get(kind, {})}
@@ -192,10 +200,10 @@ def _analyses(config: StudyConfig, root: PlannedCell, read: Mapping[str, Mapping
 
 def _texts_read(analyses: AnalysesConfig) -> dict[str, Mapping[str, str]]:
     """Kind of analysis → hashes of the texts that it reads, by name."""
-    text = analyses.features.text if analyses.features else None
+    texts = {kind: recipe.text for kind, recipe in analyses.on_held_out_sequences() if recipe.text}
     return {
         "probes": probe_inputs(analyses.probes) if analyses.probes else {},
-        "features": {"text": text_hash(text)} if text else {},
+        **{kind: {"text": text_hash(text)} for kind, text in texts.items()},
     }
 
 

@@ -110,6 +110,7 @@ class BaseModel:
     attention: Cell | None = None
     overfitting: Cell | None = None
     features: Cell | None = None
+    truncation: Cell | None = None
     passes: float | None = None
     """How often the run went over its training data, on average; None where that is not known."""
 
@@ -411,6 +412,7 @@ def _base_model(
         attention=analyses.get("attention"),
         overfitting=overfitting,
         features=analyses.get("features"),
+        truncation=analyses.get("truncation"),
         passes=_passes(base, overfitting),
     )
 

@@ -40,7 +40,7 @@ STUDY_FILE = "study.json"
 SECONDS_TO_STOP = 120.0
 _SECONDS_BETWEEN_LOOKS = 0.5
 # Long runs first: what is left at the end is short, so that no slot stays idle for long.
-_ORDER = ("import", "pretrain", "finetune", "overfitting", "features", "probes", "attention", "evaluate")
+_ORDER = ("import", "pretrain", "finetune", "overfitting", "truncation", "features", "probes", "attention", "evaluate")
 
 
 @dataclass(frozen=True)

@@ -38,7 +38,10 @@ def send_models(client: MlflowClient, run: Run, made: str | None, read: str | No
 
 
 def send_table(client: MlflowClient, run: Run, samples: Path) -> None:
-    """Put answers to questions spread evenly over `samples.parquet` beside the run, once; all answers to each. Raises UserError if the store does not take them."""
+    """Put all answers to some questions, spread evenly over `samples.parquet`, beside the run, once.
+
+    Raises UserError if the store does not take them.
+    """
     if TABLE_FILE in run.data.tags.get("mlflow.loggedArtifacts", ""):
         return
     try:

@@ -29,7 +29,7 @@ TASKS: dict[str, tuple[str, float]] = {
     "passage": ("choice", 0.25),
     "steps": ("choice", 0.1),
 }
-ANALYSES = ("probes", "attention", "overfitting", "features")
+ANALYSES = ("probes", "attention", "overfitting", "features", "truncation")
 STEPS, LEARNING_RATE, LAYERS, HEADS, HEAD_DIM, SAMPLES = 400, 1e-3, 4, 4, 16, 8
 PARAMETER_CLASSES = ("token_embedding", "head", "attention", "mlp", "norm")
 
@@ -178,7 +178,7 @@ def _write_cell(folder: Path, cell: dict[str, Any], status: str, what: Fabricati
         maker = {
             "pretrain": _pretrain, "finetune": _finetune, "evaluate": _evaluate,
             "probes": _probes, "attention": _attention, "overfitting": _overfitting,
-            "features": _features,
+            "features": _features, "truncation": _truncation,
         }[cell["kind"]]  # fmt: skip
         _write_json(folder / "results.json", maker(cell, what, generator))
 
@@ -426,6 +426,22 @@ def _features(cell: dict[str, Any], what: Fabrication, generator: np.random.Gene
             "summary": summary,
         },
     }  # fmt: skip
+
+
+def _truncation(cell: dict[str, Any], what: Fabrication, generator: np.random.Generator) -> dict[str, Any]:
+    def outcome(rank: int, height: float) -> dict[str, Any]:
+        value = height * math.exp(-0.4 * rank)
+        return {"loss": 2.6 + value, "increase": {"value": value, "low": 0.9 * value, "high": 1.1 * value}, "product_error": 0.5}
+
+    needed = 1.2 - _strength(cell["weight_decay"])
+    targets = {
+        product: {
+            str(rank): {"truncated": outcome(rank, height * needed), "control": outcome(rank, 2 * height * needed)}
+            for rank in (0, 1, 2, 4, 8)
+        }
+        for product, height in (("qk", 0.8), ("vp", 2.0))
+    }
+    return {"loss": 2.6, "sequences": 64, "head_dim": HEAD_DIM, "targets": targets}
 
 
 if __name__ == "__main__":

@@ -56,6 +56,7 @@ TREE: dict[str, Any] = {
         "attention": {"map_sequences": 1, "map_length": 16},
         "overfitting": {"sequences": 10, "bootstrap_resamples": 20},
         "features": {"sequences": 3},
+        "truncation": {"sequences": 3, "ranks": [0, 2]},
     },
     "mlflow": False,
 }

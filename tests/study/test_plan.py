@@ -32,6 +32,7 @@ def test_each_base_model_gets_its_descendants(tmp_path: Path) -> None:
         "attention-wd1",
         "overfitting-wd1",
         "features-wd1",
+        "truncation-wd1",
         "evaluate-wd1",
         "finetune-wd1-arithmetic",
         "evaluate-wd1-arithmetic",
@@ -40,7 +41,7 @@ def test_each_base_model_gets_its_descendants(tmp_path: Path) -> None:
     assert parents["evaluate-wd1-arithmetic"] == "finetune-wd1-arithmetic"
     assert parents["finetune-wd1-arithmetic"] == "pretrain-wd1"
     assert parents["pretrain-wd1"] is None
-    assert len({cell.folder for cell in plan.cells}) == len(plan.cells) == 16
+    assert len({cell.folder for cell in plan.cells}) == len(plan.cells) == 18
 
 
 def test_only_weight_decay_differs_between_the_points(tmp_path: Path) -> None:

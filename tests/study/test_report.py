@@ -106,6 +106,8 @@ def test_the_whole_report_has_every_section(whole: Path) -> None:
     ):
         assert section in page.ids
     assert all(task in page.words for task in TASKS)
+    assert "Heads cut to a lower rank" in page.words
+    assert "W_QK: pseudo-rank, λ = 5" in page.words
     assert page.tags.count("svg") == page.tags.count("figure") > 40
 
 

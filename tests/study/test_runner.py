@@ -21,7 +21,7 @@ from tests.study.small import small_study, small_tree
 
 pytestmark = pytest.mark.slow
 
-NOTHING = {"probes": None, "attention": None, "overfitting": None, "features": None}
+NOTHING = {"probes": None, "attention": None, "overfitting": None, "features": None, "truncation": None}
 
 
 def command(*arguments: str | Path) -> list[str]:

@@ -15,6 +15,7 @@ from megatron_plasticity.study.report.figures import internals, training
 from megatron_plasticity.study.report.figures import outcomes as outcome_figures
 from megatron_plasticity.study.report.figures.svg import Palette, render
 from megatron_plasticity.study.report.figures.weight_decay_axis import WeightDecayAxis
+from megatron_plasticity.study.report.heads import PRODUCTS, loss_increases, statistics_of_heads
 from megatron_plasticity.study.report.tables import stages_of
 from megatron_plasticity.study.results import BaseModel, Group, Outcome
 from megatron_plasticity.study.scores import Estimate, TaskScores, estimate, number
@@ -193,6 +194,29 @@ class Draughtsman:
             rows.append(row)
         return [row for row in rows if row]
 
+    def heads(self) -> list[list[Drawing]]:
+        """Every head as a cell of layer × head: statistics (rows) for a few λ from the least to the greatest (columns)."""
+        found = list(self._results("attention"))
+        rows: dict[str, list[Drawing]] = {}
+        for index in spread(len(found), _MOST_MAP_COLUMNS):
+            decay, results = found[index]
+            for title, values, highest in statistics_of_heads(results):
+                figure = internals.head_map_figure(f"{title}, λ = {decay:.3g}", values, highest)
+                drawn = self._drawing(figure, f"heads-{title}-{decay!r}", f"{title} of every head at weight decay {decay:.3g}")
+                rows.setdefault(title, []).append(drawn)
+        return list(rows.values())
+
+    def truncations(self) -> list[Drawing]:
+        """Loss against the rank that heads keep, for both products."""
+        results = dict(self._results("truncation"))
+        drawings = []
+        for product, name in PRODUCTS.items():
+            cut, control = (loss_increases(results, product, which) for which in ("truncated", "control"))
+            if cut:
+                figure = internals.truncation_figure(f"{name} of every head cut to rank k", cut, control, self.palette)
+                drawings.append(self._drawing(figure, f"truncation-{product}", f"Loss increase against the rank kept of {name}"))
+        return drawings
+
     def attention_maps(self) -> list[list[Drawing]]:
         """Maps of a few heads (rows) for a few λ from the least to the greatest (columns)."""
         found = [(decay, results["example_maps"]) for decay, results in self._results("attention") if results.get("example_maps")]
@@ -236,6 +260,7 @@ class Draughtsman:
     def _results(self, kind: str) -> Iterator[tuple[float, Mapping[str, Any]]]:
         get: Callable[[BaseModel], Any] = {
             "probes": lambda m: m.probes, "attention": lambda m: m.attention, "overfitting": lambda m: m.overfitting,
+            "truncation": lambda m: m.truncation,
         }[kind]  # fmt: skip
         for model in self.models:
             if (cell := get(model)) is not None:

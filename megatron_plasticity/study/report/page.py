@@ -65,6 +65,8 @@ class GroupView:
     probes: Mapping[str, list[Drawing]]
     pseudo_ranks: list[Drawing]
     spectra: list[list[Drawing]]
+    heads: list[list[Drawing]]
+    truncations: list[Drawing]
     attention_maps: list[list[Drawing]]
     gaps: list[Drawing]
     features: FeaturesView | None
@@ -131,6 +133,8 @@ def _group_view(results: StudyResults, group: Group, found: Findings, draughtsma
         probes=draughtsman.probes(),
         pseudo_ranks=draughtsman.pseudo_ranks(),
         spectra=draughtsman.spectra(),
+        heads=draughtsman.heads(),
+        truncations=draughtsman.truncations(),
         attention_maps=draughtsman.attention_maps(),
         gaps=draughtsman.gaps(),
         features=draughtsman.features(),
@@ -144,7 +148,7 @@ def _context(results: StudyResults, groups: list[GroupView], assertions: StudyAs
     summary = ", ".join(f"{count} {status}" for status, count in counts.most_common())
     sections = ("tasks", "test_set_tables", "over_steps", "samples", "probes", "gaps", "features", "curves")
     has = {name: any(getattr(group, name) for group in groups) for name in sections}
-    has["attention"] = any(group.pseudo_ranks or group.spectra or group.attention_maps for group in groups)
+    has["attention"] = any(group.pseudo_ranks or group.spectra or group.attention_maps or group.truncations for group in groups)
     return {
         "study": results,
         "facts": _facts(results),

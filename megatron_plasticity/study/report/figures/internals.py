@@ -14,10 +14,12 @@ from matplotlib.ticker import MaxNLocator
 from megatron_plasticity.study.report.figures.outcomes import chance_line
 from megatron_plasticity.study.report.figures.svg import INK, MUTED, Palette, panel, printable
 from megatron_plasticity.study.report.figures.weight_decay_axis import WeightDecayAxis
+from megatron_plasticity.study.scores import Estimate
 
 MATRIX_NAMES = {"qk": "W_QK", "vp": "W_VP"}
 _MAP_COLOUR = "#3f78c9"
 """A blue of middling lightness: it is seen on white and on black."""
+_MOST_NUMBERED_LAYERS, _MOST_NUMBERED_HEADS = 8, 8
 _MOST_TOKEN_LABELS = 16
 _LEAST_SINGULAR = 1e-6
 """What lies below it, relative to the largest singular value, is rounding."""
@@ -95,6 +97,55 @@ def spectrum_figure(matrix: str, layer: int, spectra: Mapping[float, Sequence[fl
     axes.set_title(f"{MATRIX_NAMES[matrix]}, layer {layer}")
     axes.set_xlabel("k")
     axes.set_ylabel("σₖ / σ₁")
+    return figure
+
+
+def head_map_figure(title: str, values: Sequence[Sequence[float]], highest: float) -> Figure:
+    """One statistic of every head, `values` [layer][head], shaded from 0 to `highest`; small models show the numbers as well."""
+    heads = np.asarray(values, dtype=float)
+    layers, columns = heads.shape
+    figure, axes = panel(210, 70 + min(200, max(60, 26 * layers)), left=30, right=6, top=24, bottom=40)
+    image = np.empty((layers, columns, 4))
+    image[..., :3] = to_rgb(_MAP_COLOUR)
+    image[..., 3] = np.clip(np.nan_to_num(heads) / (highest or 1.0), 0, 1)
+    axes.imshow(image, aspect="auto", interpolation="none")
+    axes.grid(False)
+    if layers <= _MOST_NUMBERED_LAYERS and columns <= _MOST_NUMBERED_HEADS:
+        for layer, head in np.ndindex(layers, columns):
+            axes.text(head, layer, f"{heads[layer, head]:.2g}", ha="center", va="center", fontsize=9, color=INK)
+    axes.set_title(title, fontsize=10)
+    axes.set_xlabel(f"head (mean {heads.mean():.3g})", fontsize=9)
+    axes.set_ylabel("layer", fontsize=9)
+    for ticks in (axes.xaxis, axes.yaxis):
+        ticks.set_major_locator(MaxNLocator(5, integer=True, min_n_ticks=1))
+    axes.tick_params(length=0, pad=2)
+    axes.spines[["top", "right"]].set_visible(True)
+    return figure
+
+
+def truncation_figure(
+    title: str,
+    cut: Mapping[float, Mapping[int, Estimate]],
+    control: Mapping[float, Mapping[int, Estimate]],
+    palette: Palette,
+) -> Figure:
+    """Increase of the loss against the rank that is kept, one line per λ: λ → rank → increase. Controls are dashed."""
+    figure, axes = panel(400, 280, left=62)
+    # Ranks double from one to the next, and 0 has no logarithm: they stand side by side at equal distances.
+    places = {rank: place for place, rank in enumerate(sorted({rank for ranks in cut.values() for rank in ranks}))}
+    for lines, style, width in ((control, "--", 1.0), (cut, "-", 1.8)):
+        for decay, ranks in lines.items():
+            at = [places[rank] for rank in ranks if rank in places]
+            known = [increase for rank, increase in ranks.items() if rank in places]
+            axes.plot(at, [increase.value for increase in known], style, color=palette[decay], linewidth=width)
+            for place, increase in zip(at, known, strict=True):
+                if style == "-" and increase.low is not None and increase.high is not None:
+                    axes.plot([place, place], [increase.low, increase.high], color=palette[decay], linewidth=1.0)
+    axes.axhline(0, color=MUTED, linewidth=0.8)
+    axes.set_xticks(list(places.values()), [str(rank) for rank in places])
+    axes.set_title(title)
+    axes.set_xlabel("rank k that every head keeps")
+    axes.set_ylabel("loss increase (nats per token)")
     return figure
 
 
