@@ -20,6 +20,7 @@ from megatron_plasticity.config.study import StudyConfig
 from megatron_plasticity.config.training import FinetuneRecipe, PretrainConfig
 from megatron_plasticity.data.prepare import prepared_folder
 from megatron_plasticity.models.sizes import parameter_count
+from megatron_plasticity.study.check import check_study
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -188,3 +189,39 @@ def test_debug_runs_read_the_quickstart_corpus(name: str) -> None:
 
 def test_kinds_are_those_that_have_a_schema() -> None:
     assert {path.stem for path in (ROOT / "docs/schema").glob("*.json")} == set(CLASSES)
+
+
+LLAMA_GRID = [0.0, 1e-4, 1e-3, 1e-2, 0.1, 0.5, 1.0, 1.5, 3.0, 10.0]
+# name: run, λ grid, learning rate of fine-tuning
+PAPER_STUDIES = {
+    "paper-llama2-0.5b": ("llama2-0.5b-20x", LLAMA_GRID, 1e-5),
+    "paper-llama2-1b": ("llama2-1b-20x", LLAMA_GRID, 1e-5),
+    "paper-llama2-4b": ("llama2-4b-20x", [0.0, 0.1, 1.0], 7.5e-6),
+    "paper-olmo2-20x": ("olmo2-1b-20x", [0.0, 0.1, 0.3, 0.6, 1.0], 1e-5),
+    "paper-olmo2-140x": ("olmo2-1b-140x", [0.0, 0.1, 0.3, 1.0], 1e-5),
+}
+
+
+@pytest.mark.parametrize("name", PAPER_STUDIES)
+def test_studies_of_the_paper(name: str) -> None:
+    run, grid, learning_rate = PAPER_STUDIES[name]
+    study = load_config(StudyConfig, CONFIGS / "studies" / f"{name}.yaml")
+    bases = check_study(study, tasks_needed=False)
+    assert [base.weight_decay for base in bases] == grid
+    stays = {"name", "output", "logging", "optimizer"}
+    for base in bases:
+        assert base.model_dump(exclude=stays) == load_run(run).model_dump(exclude=stays)
+        assert base.optimizer.model_dump(exclude={"weight_decay"}) == load_run(run).optimizer.model_dump(exclude={"weight_decay"})
+    assert study.finetune is not None
+    assert study.evaluate is not None
+    assert study.finetune.optimizer.learning_rate == learning_rate
+    assert (study.evaluate.paper_compat, study.evaluate.samples) == (True, 16)
+    assert [task.name for task in study.tasks] == [
+        "metamathqa",
+        "simplescaling",
+        "medmcqa-cot",
+        "pubmedqa",
+        "mmlu-pro-cot",
+        "race",
+    ]
+    assert all(task.train_examples is None and task.test_examples is None for task in study.tasks)
