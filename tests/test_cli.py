@@ -173,7 +173,7 @@ def test_study_plan_prints_the_grid(run: Run, tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(small_tree(tmp_path)))
     code, out, _ = run("study", "plan", path)
     assert code == 0
-    assert "2 base models, 16 runs in all" in out
+    assert "2 base models, 18 runs in all" in out
 
 
 def test_a_folder_that_is_no_study(run: Run, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from megatron_plasticity.analysis.bootstrap import interval, resampled_means
 from megatron_plasticity.data.blocks import BlockReader
 
 SHORTEST = 16
-"""Targets that a document must have in the sequences drawn: of fewer a mean says little, and there are many such ends."""
+"""Targets that a document among the best known has at least: of fewer a mean says little."""
 EXAMPLES = 5
 
 
@@ -20,8 +20,7 @@ class DocumentLosses:
 
     def __init__(self, reader: BlockReader) -> None:
         self._reader = reader
-        self._sums: dict[tuple[Path, int], float] = {}
-        self._counts: dict[tuple[Path, int], int] = {}
+        self._found: dict[tuple[Path, int], list[float]] = {}
 
     def add(self, block: int, losses: np.ndarray) -> None:
         """The losses of a block's targets, [S], which are its tokens but the first."""
@@ -31,44 +30,43 @@ class DocumentLosses:
             begin = max(store.document_start(index), first) - first
             end = len(losses) if index + 1 == store.documents else min(store.document_start(index + 1) - first, len(losses))
             if end > begin:
-                key = store.prefix, index
-                self._sums[key] = self._sums.get(key, 0.0) + float(losses[begin:end].sum())
-                self._counts[key] = self._counts.get(key, 0) + end - begin
+                of_document = self._found.setdefault((store.prefix, index), [0.0, 0])
+                of_document[0] += float(losses[begin:end].sum())
+                of_document[1] += end - begin
 
-    def means(self) -> dict[tuple[Path, int], float]:
-        """(store, document) → mean loss in nats per token, of the documents with `SHORTEST` targets or more."""
-        return {key: self._sums[key] / count for key, count in self._counts.items() if count >= SHORTEST}
-
-    def tokens(self, key: tuple[Path, int]) -> int:
-        """Targets of a document in the blocks added."""
-        return self._counts[key]
+    def sums(self) -> dict[tuple[Path, int], tuple[float, int]]:
+        """(store, document) → sum of the losses of its targets in the blocks added, and their number."""
+        return {key: (loss, int(targets)) for key, (loss, targets) in self._found.items()}
 
 
 def document_gap(seen: DocumentLosses, held_out: DocumentLosses, resamples: int, seed: int) -> dict[str, Any] | None:
-    """mean(held out) − mean(seen) where each document counts once, however many of its tokens were drawn.
+    """The gap in nats per token with documents as the unit of its interval, and the documents that the model knows best.
 
-    Returns `gap` ({"value", "low", "high"}), `seen_loss` and `held_out_loss` in nats per token, `seen_documents`,
-    `held_out_documents` and `best_known`; None if a side has fewer than two documents. The unit of the bootstrap is the document:
-    neither several sequences of a long one nor many short ones within a sequence count as independent of each other.
-    `best_known` are the seen documents with the least loss: store, number of the document, targets, loss. They are to be read,
-    which tells what was memorised from what is easy.
+    Returns `gap` ({"value", "low", "high"}), `seen_documents`, `held_out_documents` and `best_known`; None if a side has fewer
+    than two documents. The value is mean(held out) − mean(seen) over tokens; the interval draws whole documents with replacement
+    on each side, so that several sequences of one document do not count as independent. Documents are not weighed alike: the
+    draw of sequences meets long ones more often than short ones, the more so the fewer sequences are drawn, which is not the same
+    on the two sides; a mean over documents would take that for a gap. `best_known` are the seen documents with the least mean
+    loss among those with `SHORTEST` targets: store, number of the document, targets, loss. They are to be read, which tells what
+    was memorised from what is easy.
 
-    Source: our own; the claim that it examines is that of Han et al. (2602.11137).
+    Source: our own; the claim that it examines is that of Han et al. (2602.11137). The ratio of resampled sums is the cluster
+    bootstrap (Davison and Hinkley, Bootstrap Methods and their Application, 1997, 3.8).
     """
-    sides = seen.means(), held_out.means()
+    sides = [np.array(list(side.sums().values()), dtype=np.float64) for side in (seen, held_out)]
     if min(map(len, sides)) < 2:
         return None
-    losses = [np.array(list(side.values())) for side in sides]
     generator = np.random.default_rng(seed)
-    means = [resampled_means(side, resamples, generator) for side in losses]
-    least = sorted(sides[0], key=lambda key: sides[0][key])[:EXAMPLES]
+    resampled = [resampled_means(side, resamples, generator) for side in sides]
+    means = [side[:, 0].sum() / side[:, 1].sum() for side in sides]
+    ratios = [drawn[:, 0] / drawn[:, 1] for drawn in resampled]
+    known = {key: loss / targets for key, (loss, targets) in seen.sums().items() if targets >= SHORTEST}
     return {
-        "gap": interval(float(losses[1].mean() - losses[0].mean()), means[1] - means[0]),
-        "seen_documents": len(losses[0]),
-        "held_out_documents": len(losses[1]),
-        "seen_loss": float(losses[0].mean()),
-        "held_out_loss": float(losses[1].mean()),
+        "gap": interval(float(means[1] - means[0]), ratios[1] - ratios[0]),
+        "seen_documents": len(sides[0]),
+        "held_out_documents": len(sides[1]),
         "best_known": [
-            {"store": str(key[0]), "document": key[1], "targets": seen.tokens(key), "loss": sides[0][key]} for key in least
+            {"store": str(key[0]), "document": key[1], "targets": seen.sums()[key][1], "loss": known[key]}
+            for key in sorted(known, key=known.__getitem__)[:EXAMPLES]
         ],
     }

@@ -214,7 +214,7 @@ class TruncationRecipe(Section):
     text: Path | None = neutral(None)
     """Text file (UTF-8) to measure the loss on instead of held-out sequences of pretraining; its content enters the hash. Models
     that were pretrained elsewhere need it."""
-    batch_size: PositiveInt = 16
+    batch_size: PositiveInt = neutral(16)
     """Sequences per forward pass."""
     bootstrap_resamples: PositiveInt = 1000
     """Resamples for the confidence intervals."""
@@ -247,7 +247,7 @@ class OverfittingRecipe(Section):
     """Resamples for the confidence interval of the gap."""
     batch_size: PositiveInt = 16
     """Sequences per forward pass."""
-    seed: int = 42
+    seed: NonNegativeInt = 42
     """Seed of the draw."""
 
 

@@ -157,23 +157,39 @@ def test_each_token_counts_for_the_document_that_it_is_of(tmp_path: Path) -> Non
     token = np.arange(100, dtype=float)
     losses.add(1, token[41:80])
     losses.add(0, token[1:40])
-    expected = {0: token[1:25].mean(), 1: np.r_[token[25:40], token[41:65]].mean()}
-    found = losses.means()
-    assert {index: found[store, index] for store, index in found} == pytest.approx(expected)  # the others have too few targets
-    assert [losses.tokens((tmp_path / "train", index)) for index in range(4)] == [24, 39, 4, 11]
+    expected = [token[1:25], np.r_[token[25:40], token[41:65]], token[65:69], token[69:80]]
+    assert losses.sums() == {(tmp_path / "train", index): (part.sum(), len(part)) for index, part in enumerate(expected)}
 
 
-def test_the_gap_by_document_weighs_documents_alike(tmp_path: Path) -> None:
+def test_the_gap_by_document_is_that_of_the_tokens_with_documents_as_units(tmp_path: Path) -> None:
     seen, held_out = documents_of(tmp_path, "train", [20, 100]), documents_of(tmp_path, "held", [60, 60])
-    for side, values in ((seen, (1.0, 3.0)), (held_out, (4.0, 6.0))):
-        ends = {id(seen): 20, id(held_out): 60}[id(side)]
-        token = np.where(np.arange(120) < ends, *values)
+    for side, values, end in ((seen, (1.0, 3.0), 20), (held_out, (4.0, 6.0), 60)):
+        token = np.where(np.arange(120) < end, *values)
         for block in range(3):
             side.add(block, token[40 * block + 1 : 40 * (block + 1)])
     found = document_gap(seen, held_out, resamples=200, seed=0)
     assert found is not None
-    assert found["gap"]["value"] == 5 - 2
-    assert found["gap"]["low"] < 3 < found["gap"]["high"]
-    assert (found["seen_loss"], found["held_out_loss"], found["seen_documents"], found["held_out_documents"]) == (2, 5, 2, 2)
+    assert found["gap"]["value"] == pytest.approx((58 * 4 + 59 * 6) / 117 - (19 + 98 * 3) / 117)
+    assert (found["gap"]["low"], found["gap"]["high"]) == (1, 5)  # now and then a side is one document twice
+    assert (found["seen_documents"], found["held_out_documents"]) == (2, 2)
     assert [(entry["document"], entry["targets"], entry["loss"]) for entry in found["best_known"]] == [(0, 19, 1), (1, 98, 3)]
     assert document_gap(documents_of(tmp_path, "one", [40]), held_out, 10, 0) is None
+
+
+def test_a_sparse_draw_of_long_and_short_documents_makes_no_gap(tmp_path: Path) -> None:
+    # Every loss depends on the place in its document alone, and both sides are one distribution. One side is drawn whole, of the
+    # other a tenth of the blocks, which meet long documents more often.
+    generator = np.random.default_rng(0)
+    sides = []
+    for name, share in (("train", 0.1), ("held", 1.0)):
+        lengths = np.minimum(3 + generator.geometric(0.01, 2000), 2000).tolist()
+        losses = documents_of(tmp_path, name, lengths)
+        place = np.concatenate([1 + 2 / np.sqrt(1 + np.arange(length)) for length in lengths])
+        blocks = generator.permutation(len(place) // 40)
+        for block in blocks[: int(share * len(blocks))]:
+            losses.add(int(block), place[40 * block + 1 : 40 * (block + 1)])
+        sides.append(losses)
+    found = document_gap(*sides, resamples=500, seed=1)
+    assert found is not None
+    assert found["gap"]["low"] < 0 < found["gap"]["high"]
+    assert abs(found["gap"]["value"]) < 0.03

@@ -60,7 +60,7 @@ def test_a_resumed_run_is_timed_from_where_it_went_on(plan: StudyPlan, clock: Cl
     folder.update_progress(310, 600, "steps", tokens_per_second=8000.0)
     text = line(plan, monkeypatch)
     assert "310/600 steps, 8,000 tokens/s, 4 min 50 s left" in text
-    assert text.startswith("0/14 runs, about ")
+    assert text.startswith("0/18 runs, about ")
 
 
 def test_finished_and_failed_runs_are_told(plan: StudyPlan, clock: Clock) -> None:
@@ -72,7 +72,7 @@ def test_finished_and_failed_runs_are_told(plan: StudyPlan, clock: Clock) -> Non
         display.finished(plan.cells[0])
         display.failed(plan.cells[1], "the disk is full")
     text = stream.getvalue()
-    assert "[1/14] pretrain-wd0 done in 1 min 05 s: held-out loss 1.2500" in text
+    assert "[1/18] pretrain-wd0 done in 1 min 05 s: held-out loss 1.2500" in text
     assert "probes-wd0 FAILED: the disk is full" in text
     assert str(plan.cells[1].folder / "log") in text
 

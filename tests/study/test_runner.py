@@ -38,7 +38,7 @@ def test_a_study_from_corpus_to_report(tmp_path: Path) -> None:
     outcome = run_study(small_study(tmp_path))
     assert outcome.failed == {}
     assert outcome.not_started == ()
-    assert len(outcome.done) == 16
+    assert len(outcome.done) == 18
     results = collect(outcome.folder)
     assert {cell.status for cell in results.cells} == {"done"}
     assert results.weight_decays == (0.0, 1.0)
@@ -53,7 +53,7 @@ def test_a_study_from_corpus_to_report(tmp_path: Path) -> None:
     first = next(cell for cell in results.cells if cell.id == "pretrain-wd1")
     written = (first.folder / "results.json").stat().st_mtime_ns
     again = run_study(small_study(tmp_path))
-    assert len(again.done) == 16
+    assert len(again.done) == 18
     assert (first.folder / "results.json").stat().st_mtime_ns == written, "what is done is not done again"
 
 
