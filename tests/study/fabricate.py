@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from megatron_plasticity.analysis.training_dynamics import timescale_position
 from megatron_plasticity.study.grid import points, variant_name
 
 TASKS: dict[str, tuple[str, float]] = {
@@ -417,7 +418,7 @@ def _features(cell: dict[str, Any], what: Fabrication, generator: np.random.Gene
             "effective_learning_rate": rates[-1] / weights[-1],
             "over_equilibrium": over,
         }
-    timescale = {"of_run": cell["adamw_timescale"], "position": "within" if decay else "infinite"}
+    timescale = {"of_run": cell["adamw_timescale"], "position": timescale_position(cell["adamw_timescale"])}
     return {
         "layers": layers, "final_norm": layers[-1], "summary": layers[0], "sequences": 64, "positions": 64 * 256,
         "hidden_size": width, "weights": {"classes": {}, "layers": [], "others": {}},

@@ -107,7 +107,14 @@ def test_the_whole_report_has_every_section(whole: Path) -> None:
         assert section in page.ids
     assert all(task in page.words for task in TASKS)
     assert "Heads cut to a lower rank" in page.words
-    assert "W_QK: pseudo-rank, λ = 5" in page.words
+    # The ends, the least loss, and one between.
+    assert [f"W_QK: pseudo-rank, λ = {decay:g}" in page.words for decay in (0, 0.1, 0.5, 1.5, 5)] == [
+        True,
+        True,
+        True,
+        False,
+        True,
+    ]
     assert page.tags.count("svg") == page.tags.count("figure") > 40
 
 

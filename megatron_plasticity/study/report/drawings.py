@@ -198,7 +198,7 @@ class Draughtsman:
         """Every head as a cell of layer × head: statistics (rows) for a few λ from the least to the greatest (columns)."""
         found = list(self._results("attention"))
         rows: dict[str, list[Drawing]] = {}
-        for index in spread(len(found), _MOST_MAP_COLUMNS):
+        for index in self._shown([decay for decay, _ in found]):
             decay, results = found[index]
             for title, values, highest in statistics_of_heads(results):
                 figure = internals.head_map_figure(f"{title}, λ = {decay:.3g}", values, highest)
@@ -217,10 +217,18 @@ class Draughtsman:
                 drawings.append(self._drawing(figure, f"truncation-{product}", f"Loss increase against the rank kept of {name}"))
         return drawings
 
+    def _shown(self, decays: Sequence[float]) -> list[int]:
+        """A few indices of ascending λ where not all have room: the ends, the one with the least loss, others between."""
+        losses = {model.weight_decay: loss for model in self.models if (loss := model.held_out_loss) is not None}
+        known = [index for index, decay in enumerate(decays) if decay in losses]
+        best = [min(known, key=lambda index: losses[decays[index]])] if known else []
+        chosen = dict.fromkeys([*spread(len(decays), 2), *best, *spread(len(decays), _MOST_MAP_COLUMNS)])
+        return sorted(list(chosen)[:_MOST_MAP_COLUMNS])
+
     def attention_maps(self) -> list[list[Drawing]]:
         """Maps of a few heads (rows) for a few λ from the least to the greatest (columns)."""
         found = [(decay, results["example_maps"]) for decay, results in self._results("attention") if results.get("example_maps")]
-        found = [found[index] for index in spread(len(found), _MOST_MAP_COLUMNS)]
+        found = [found[index] for index in self._shown([decay for decay, _ in found])]
         heads = across_layers(dict.fromkeys((example["layer"], example["head"]) for _, examples in found for example in examples))
         return [
             [

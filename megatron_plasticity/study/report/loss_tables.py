@@ -76,7 +76,7 @@ def paired_loss_caption(paired: Mapping[str, Any] | None) -> str:
     return (
         f"Change from one λ to the next in nats per token, on the same {paired['sequences']} seen and "
         f"{paired['held_out_sequences']} held-out sequences, which are resampled together: how hard the texts are cancels, so "
-        "these intervals are narrower than those of the single λ. They say nothing of other training seeds."
+        "these intervals are mostly narrower than those of the single λ. They say nothing of other training seeds."
         + (f" Left out, since measured on other sequences: λ = {left_out}." if left_out else "")
     )
 
