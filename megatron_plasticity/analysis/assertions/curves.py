@@ -4,6 +4,9 @@ A difference counts only if it is larger than its noise. The noise is the standa
 interval is normal, since percentiles of a thousand resamples do not reach as far out as a correction for many pairs needs. The
 correction is Bonferroni's: with m comparisons each is made at the level 0.05/m.
 
+Which λ is best is a set, not a λ: all that no other beats by more than noise. How often a λ is best among the resamples would not
+do: of equal λ one leads by chance, and the resamples scatter around that lead.
+
 The bootstrap is over questions, sequences or heads. What another training seed would change is not in it; only the permutation
 test of `trend`, whose units are the runs themselves, has a share of that.
 """
@@ -14,15 +17,17 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import permutations
+from itertools import combinations, permutations
 
 import numpy as np
 from scipy import stats
 
-from megatron_plasticity.analysis.bootstrap import CONFIDENCE, choices, resampled_means
+from megatron_plasticity.analysis.bootstrap import CONFIDENCE, resampled_means
 
 SURE = CONFIDENCE
-"""Share of resamples from which on a choice among λ counts as certain; the level of all other intervals."""
+"""Share of resamples from which on something counts as certain; the level of all intervals."""
+LEAST_UNITS = 10
+"""Units that have to differ by exactly the same for a difference without any spread to be believed. Our own choice."""
 LEAST_FOR_TREND = 5
 """λ that a rank test needs: of four, even a perfect order has a one-sided p of 1/24, which is more than 0.025."""
 _ENUMERATED = 8
@@ -40,6 +45,8 @@ class Curve:
     """[λ]"""
     resampled: np.ndarray | None = None
     """[resamples, λ], paired over λ; None where the noise is not known."""
+    units: int = 0
+    """What was resampled: number of heads, say; 0 where it is not known."""
 
     def at(self, weight_decay: float) -> float:
         return float(self.values[self.weight_decays.index(weight_decay)])
@@ -48,7 +55,7 @@ class Curve:
         """At those of `weight_decays` that it has."""
         kept = [index for index, decay in enumerate(self.weight_decays) if decay in weight_decays]
         resampled = None if self.resampled is None else self.resampled[:, kept]
-        return Curve(tuple(self.weight_decays[index] for index in kept), self.values[kept], resampled)
+        return Curve(tuple(self.weight_decays[index] for index in kept), self.values[kept], resampled, self.units)
 
 
 @dataclass(frozen=True)
@@ -62,13 +69,14 @@ class Difference:
     @property
     def sign(self) -> int:
         """1 or −1 where the interval leaves out zero, else 0."""
-        return int(self.low > 0) - int(self.high < 0)
+        return self.beyond(0.0)
+
+    def beyond(self, margin: float) -> int:
+        """1 or −1 where the whole interval is more than `margin` from zero, else 0."""
+        return int(self.low > margin) - int(self.high < -margin)
 
     def inside(self, margin: float) -> bool:
         return -margin <= self.low and self.high <= margin
-
-    def outside(self, margin: float) -> bool:
-        return self.low > margin or self.high < -margin
 
 
 @dataclass(frozen=True)
@@ -106,7 +114,7 @@ def curve_over_units(units: Mapping[float, Sequence[float]], resamples: int = 10
     decays = sorted(units)
     table = np.column_stack([np.asarray(units[decay], dtype=float) for decay in decays])
     generator = np.random.default_rng(abs(seed))
-    return Curve(tuple(decays), table.mean(axis=0), resampled_means(table, resamples, generator))
+    return Curve(tuple(decays), table.mean(axis=0), resampled_means(table, resamples, generator), len(table))
 
 
 def shared(one: Curve, other: Curve) -> tuple[Curve, Curve]:
@@ -115,25 +123,33 @@ def shared(one: Curve, other: Curve) -> tuple[Curve, Curve]:
 
 
 def difference(found: Curve, one: float, other: float, comparisons: int = 1, scale: float = 1.0) -> Difference:
-    """Value at λ = `other` minus `scale` times that at λ = `one`. Noise that is not known, or a bootstrap without any spread
-    (there were too few units), makes the interval infinite."""
+    """Value at λ = `other` minus `scale` times that at λ = `one`.
+
+    Noise that is not known makes the interval infinite, and so does a bootstrap without any spread, unless at least `LEAST_UNITS`
+    units are known to have been resampled: then each of them differs by just this.
+    """
     first, second = found.weight_decays.index(one), found.weight_decays.index(other)
     value = float(found.values[second] - scale * found.values[first])
     resampled = None if found.resampled is None else found.resampled[:, second] - scale * found.resampled[:, first]
     spread = 0.0 if resampled is None else float(resampled.std())
+    if found.resampled is not None and spread <= _EQUAL and found.units >= LEAST_UNITS:
+        return Difference(value, value, value)
     if spread <= _EQUAL:
         return Difference(value, -math.inf, math.inf)
     reach = float(stats.norm.ppf(1 - (1 - CONFIDENCE) / 2 / max(1, comparisons))) * spread
     return Difference(value, value - reach, value + reach)
 
 
-def shares_of_choice(found: Curve, lowest: bool) -> dict[float, float]:
-    """λ → share of resamples in which it has the lowest (or the highest) value; equal λ share a resample."""
-    if found.resampled is None:
-        return {}
-    best = found.resampled.min(axis=1, keepdims=True) if lowest else found.resampled.max(axis=1, keepdims=True)
-    is_best = np.abs(found.resampled - best) <= _EQUAL
-    return {row["weight_decay"]: row["share"] for row in choices(found.weight_decays, is_best)["distribution"]}
+def contenders(found: Curve, lowest: bool, margin: float = 0.0) -> tuple[float, ...]:
+    """The λ that may have the lowest (or the highest) value: all that no other beats by more than `margin` and more than noise,
+    corrected for all pairs. In at least 95 % of studies the truly best λ is among them, however many λ there are."""
+    pairs = list(combinations(found.weight_decays, 2))
+    beaten = set()
+    for one, other in pairs:
+        sign = difference(found, one, other, len(pairs)).beyond(margin)
+        if sign:
+            beaten.add(other if (sign > 0) == lowest else one)
+    return tuple(decay for decay in found.weight_decays if decay not in beaten)
 
 
 def trend(found: Curve) -> Trend | None:
@@ -188,7 +204,7 @@ def flatness(found: Curve, weight_decays: Sequence[float], margin: float) -> boo
     """
     pairs = [(one, other) for one in weight_decays for other in weight_decays if one < other]
     found_differences = [difference(found, one, other, len(pairs)) for one, other in pairs]
-    if any(item.outside(margin) for item in found_differences):
+    if any(item.beyond(margin) for item in found_differences):
         return False
     return True if pairs and all(item.inside(margin) for item in found_differences) else None
 

@@ -21,22 +21,23 @@ from megatron_plasticity.analysis.assertions.verdict import (
 FLAT_RANK = 0.1
 """Share of the width of a head within which a pseudo-rank is nearly flat: the paper says that W_VP's stays near full. Our own
 choice of what near is."""
+_USEFUL = " of the useful range"
 
 
-def probes_rise(accuracies: Mapping[str, Mapping[int, Curve]]) -> Assertion:
+def probes_rise(accuracies: Mapping[str, Mapping[int, Curve]] | str) -> Assertion:
     """A5: the accuracy of linear probes rises with λ at each layer.
 
-    `accuracies` is data set → layer → accuracy over λ, a mean over the seeds of the probe. Spearman's rank correlation with λ is
+    `accuracies` is data set → layer → accuracy over λ, a mean over the seeds of the probe; or why there is none. Spearman's rank correlation with λ is
     tested by the exact permutation of the λ. It holds if *every* layer of every data set rises at 0.025, one-sided; since all
     have to, no correction is due. It does not hold if the mean over the layers of some data set falls at 0.025 over the number of
     data sets, or a single layer at 0.025 over the number of layers.
     """
+    if isinstance(accuracies, str):
+        return assertion("A5", CANNOT_BE_SAID, accuracies)
     tables = [found for layers in accuracies.values() for found in layers.values()]
-    if not tables:
-        return assertion("A5", CANNOT_BE_SAID, "No probes were fitted: put `probes: {}` among the `analyses`.")
     fewest = min(len(found.weight_decays) for found in tables)
     if fewest < LEAST_FOR_TREND:
-        return assertion("A5", CANNOT_BE_SAID, too_few(fewest))
+        return assertion("A5", CANNOT_BE_SAID, too_few(fewest, _USEFUL))
     directions = {
         (name, layer): 0 if (found := trend(table)) is None else found.direction()
         for name, layers in accuracies.items()
@@ -73,25 +74,27 @@ def _fallen(accuracies: Mapping[str, Mapping[int, Curve]], tables: int) -> str:
     return ""
 
 
-def pseudo_rank_falls(qk: Curve | None, vp: Curve | None, head_dim: float) -> Assertion:
+def pseudo_rank_falls(qk: Curve | str, vp: Curve | str, head_dim: float | None) -> Assertion:
     """A6: the pseudo-rank of W_QK falls with λ, that of W_VP is nearly flat.
 
-    Both are means over heads, with heads resampled. *Falls*: Spearman's rank correlation with λ is negative by its bootstrap
+    Both are means over heads, with heads resampled; or why there is none. *Falls*: Spearman's rank correlation with λ is negative by its bootstrap
     interval and by the exact permutation of the λ at 0.025. *Nearly flat*: the intervals of all differences between λ lie within
-    a tenth of `head_dim`, the largest possible rank; one beyond refutes it.
+    a tenth of `head_dim`, the largest possible rank; one beyond refutes it. Where the width is not known, it stays open.
     """
-    if qk is None or vp is None:
-        return assertion(
-            "A6", CANNOT_BE_SAID, "The attention matrices were not analysed: put `attention: {}` among the `analyses`."
+    if isinstance(qk, str) or isinstance(vp, str):
+        return assertion("A6", CANNOT_BE_SAID, qk if isinstance(qk, str) else vp if isinstance(vp, str) else "")
+    spread = f"W_VP's pseudo-rank differs by {fixed(widest(vp, vp.weight_decays), 1)} over λ"
+    if head_dim:
+        margin = FLAT_RANK * head_dim
+        flat = flatness(vp, vp.weight_decays, margin)
+        width = f"{spread}, of a head's {head_dim:.0f}; nearly flat is {fixed(margin, 1)}."
+    else:
+        flat = None
+        width = (
+            f"{spread}, but the width of a head is not in the results of the attention analysis, so what is flat is not known."
         )
-    margin = FLAT_RANK * head_dim
-    flat = flatness(vp, vp.weight_decays, margin)
-    width = (
-        f"W_VP's pseudo-rank differs by {fixed(widest(vp, vp.weight_decays), 1)} over λ, of a head's {head_dim:.0f}; nearly flat "
-        f"is {fixed(margin, 1)}."
-    )
     if len(qk.weight_decays) < LEAST_FOR_TREND:
-        return assertion("A6", verdict_on_all((None, flat)), too_few(len(qk.weight_decays)), width)
+        return assertion("A6", verdict_on_all((None, flat)), too_few(len(qk.weight_decays), _USEFUL), width)
     found = trend(qk)
     direction = 0 if found is None else found.direction()
     falls = True if direction < 0 else False if direction > 0 else None

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
 from megatron_plasticity.analysis.assertions.curves import (
     LEAST_FOR_TREND,
-    SURE,
     Curve,
     Trend,
+    contenders,
     difference,
-    shares_of_choice,
     trend,
 )
 from megatron_plasticity.analysis.assertions.translation import LONG, SHORT, Setting
@@ -25,7 +24,6 @@ from megatron_plasticity.analysis.assertions.verdict import (
     decay_text,
     decays_text,
     fixed,
-    percent_text,
     verdict_on_all,
 )
 
@@ -33,9 +31,9 @@ PAPER_OPTIMUM = 0.1
 """The λ that A1 and A2 name."""
 ABOUT = 2.0
 """Factor within which a λ is about 0.1: the next λ of the paper's grid at this length, 0.3, has to be outside."""
-HUMP = 0.01
-"""Nats per token that a hump in the curve of loss has to rise on both sides. The bootstrap knows sequences, not training seeds:
-where the curve is flat, a seed alone puts humps of some thousandths of a nat into it. Our own choice."""
+SEED_MARGIN = 0.01
+"""Nats per token that two losses have to differ by, beyond their noise, to count in A1 and A4. The bootstrap knows sequences, not
+training seeds: where the curve is flat, a seed alone puts humps of some thousandths of a nat into it. Our own choice."""
 NO_LOSSES = (
     "There are no losses of several λ on the same sequences, so the noise of a difference is not known. Pretrain the models in "
     "the study, with `overfitting: {}` among its `analyses`."
@@ -55,12 +53,13 @@ class LossGroup:
 def loss_is_u_shaped(losses: Curve | None, setting: Setting) -> Assertion:
     """A1: at 20 tokens per parameter, validation loss is U-shaped in λ, with its optimum above 0.1.
 
-    Two parts. *U*: some smaller and some larger λ have a loss that is higher than the lowest by more than noise. A hump, a λ that
-    is 0.01 nats above one on either side by more than noise, refutes it. *Above 0.1*: the lowest loss is at λ above the paper's
-    0.1 (see `translation.py`) in at least 95 % of the resamples of the sequences; at λ of at most 0.1 in as many refutes it.
+    Two parts, in which a difference counts if its interval, corrected for all pairs, lies beyond 0.01 nats (`SEED_MARGIN`). *U*:
+    some smaller and some larger λ have a higher loss than the lowest. A hump, a λ with a higher loss than one on either side,
+    refutes it. *Above 0.1*: all λ that may have the lowest loss, those that no other beats, are above the paper's 0.1 (see
+    `translation.py`); if all are at most 0.1, that refutes it.
     """
     if losses is None or losses.resampled is None:
-        return assertion("A1", CANNOT_BE_SAID, NO_LOSSES)
+        return assertion("A1", CANNOT_BE_SAID, no_losses(losses))
     is_u, shape = u_shape(losses)
     if not setting.is_about(SHORT):
         return assertion("A1", CANNOT_BE_SAID, wrong_length(setting, SHORT), f"Here {shape}")
@@ -74,11 +73,11 @@ def loss_is_u_shaped(losses: Curve | None, setting: Setting) -> Assertion:
             f"No λ of the grid is surely {lacking} the paper's 0.1; add one. Here {shape}",
             _translated(setting, losses),
         )
-    shares = shares_of_choice(losses, lowest=True)
-    share_above, share_below = (sum(shares[decay] for decay in found) for found in (above, at_most))
-    is_above = True if share_above >= SURE else False if share_below >= SURE else None
+    best = set(contenders(losses, lowest=True, margin=SEED_MARGIN))
+    is_above = True if best <= set(above) else False if best <= set(at_most) else None
     where = (
-        f"In {percent_text(share_above)} of the resamples the lowest loss is at a λ above the paper's 0.1 ({decays_text(above)})."
+        f"It may be lowest at {decays_text(sorted(best))}, by the margin and noise; surely above the paper's 0.1 is "
+        f"{decays_text(above)}."
     )
     return assertion("A1", verdict_on_all((is_u, is_above)), shape[0].upper() + shape[1:], where, _translated(setting, losses))
 
@@ -87,24 +86,27 @@ def u_shape(losses: Curve) -> tuple[bool | None, str]:
     """Whether the curve is a U, reliably so or not, or None; and a sentence, without its capital, that says what is seen."""
     decays = losses.weight_decays
     lowest = min(decays, key=losses.at)
-    triples = list(combinations(decays, 3))
-    for left, middle, right in triples:
-        if all(difference(losses, side, middle, 2 * len(triples)).low > HUMP for side in (left, right)):
+    pairs = len(decays) * (len(decays) - 1) // 2
+    for left, middle, right in combinations(decays, 3):
+        if all(difference(losses, side, middle, pairs).beyond(SEED_MARGIN) > 0 for side in (left, right)):
             return False, (
                 f"the loss has a hump: at {decay_text(middle)} it is higher than at both {decay_text(left)} and "
-                f"{decay_text(right)}, by more than noise."
+                f"{decay_text(right)}, by more than {SEED_MARGIN} nats and noise."
             )
-    rises = {decay: difference(losses, lowest, decay, len(decays) - 1) for decay in decays if decay != lowest}
-    below = [decay for decay, rise in rises.items() if rise.sign > 0 and decay < lowest]
-    above = [decay for decay, rise in rises.items() if rise.sign > 0 and decay > lowest]
+    rises = {decay: difference(losses, lowest, decay, pairs) for decay in decays if decay != lowest}
+    below = [decay for decay, rise in rises.items() if rise.beyond(SEED_MARGIN) > 0 and decay < lowest]
+    above = [decay for decay, rise in rises.items() if rise.beyond(SEED_MARGIN) > 0 and decay > lowest]
     at = f"the loss is lowest at {decay_text(lowest)}"
     if below and above:
         ends = below[0], above[-1]
         higher = " and ".join(fixed(rises[decay].value, 4) for decay in ends)
-        return True, f"{at}, and higher by more than noise on both sides (by {higher} nats at {decays_text(ends)})."
+        return True, (
+            f"{at}, and higher by more than {SEED_MARGIN} nats and noise on both sides (by {higher} nats at {decays_text(ends)})."
+        )
     open_sides = [name for name, found in (("smaller", below), ("larger", above)) if not found]
     beyond = " Extend the grid." if lowest in (decays[0], decays[-1]) and lowest > 0 else ""
-    return None, f"{at}, and no {' and no '.join(open_sides)} λ has a loss that is higher by more than noise.{beyond}"
+    sides = " and no ".join(open_sides)
+    return None, f"{at}, and no {sides} λ has a loss that is higher by more than {SEED_MARGIN} nats and noise.{beyond}"
 
 
 def optimum_drops_in_longer_runs(groups: Sequence[LossGroup]) -> Assertion:
@@ -112,7 +114,8 @@ def optimum_drops_in_longer_runs(groups: Sequence[LossGroup]) -> Assertion:
 
     Compares groups of one model size at about 20 and about 140 tokens per parameter. *About 0.1*: the best λ of the long runs,
     translated by the paper's long recipe, lies within a factor of 2 of 0.1. *Drops*: it is below the best λ of the short runs,
-    translated by theirs. Each is certain when at least 95 % of the resamples (of both groups, independently) say so.
+    translated by theirs. Each has to be so of all λ that may be best, those that no other beats by more than noise, corrected for
+    all pairs; what is so of none of them is refuted.
     """
     known = [group for group in groups if group.losses is not None and group.losses.resampled is not None]
     pairs = [
@@ -124,7 +127,7 @@ def optimum_drops_in_longer_runs(groups: Sequence[LossGroup]) -> Assertion:
     if not pairs:
         lengths = sorted({f"{tpp:.3g}" for group in groups if (tpp := group.setting.tokens_per_parameter) is not None}, key=float)
         seen = f"This study has {', '.join(lengths)} tokens per parameter. " if lengths else ""
-        lacking = "" if known else " with `overfitting: {}` among the `analyses`"
+        lacking = "" if any(group.losses is not None for group in groups) else " with `overfitting: {}` among the `analyses`"
         return assertion(
             "A2",
             CANNOT_BE_SAID,
@@ -148,24 +151,20 @@ def _drop(short: LossGroup, long: LossGroup) -> tuple[Verdict, str]:
     if not about or not above:
         lacking = "about" if not about else "above"
         return CANNOT_BE_SAID, f"No λ at about {LONG:.0f} tokens per parameter is {lacking} the paper's 0.1; add one."
-    shares, short_shares = (shares_of_choice(group, lowest=True) for group in (long.losses, short.losses))
-    is_about = sum(shares[decay] for decay in about)
-    drops = stays = 0.0
-    for decay, share in shares.items():
-        for other, other_share in short_shares.items():
-            one, two = long.setting.in_the_paper(decay), short.setting.in_the_paper(other)
-            if one is not None and two is not None:
-                drops += share * other_share * (one.high < two.low)
-                stays += share * other_share * (one.low >= two.high)
+    of_long, of_short = (contenders(group, lowest=True) for group in (long.losses, short.losses))
+    ranges = [(long.setting.in_the_paper(one), short.setting.in_the_paper(other)) for one in of_long for other in of_short]
+    drops = all(one is not None and other is not None and one.high < other.low for one, other in ranges)
+    stays = all(one is not None and other is not None and one.low >= other.high for one, other in ranges)
     best, best_short = (min(curve.weight_decays, key=curve.at) for curve in (long.losses, short.losses))
     evidence = (
         f"The best λ by loss is {_as_in_paper(short.setting, best_short)} at {short.setting.tokens_per_parameter:.3g} tokens per "
-        f"parameter and {_as_in_paper(long.setting, best)} at {long.setting.tokens_per_parameter:.3g}. It is about 0.1 there in "
-        f"{percent_text(is_about)} of the resamples, and smaller than in the short runs in {percent_text(drops)}."
+        f"parameter and {_as_in_paper(long.setting, best)} at {long.setting.tokens_per_parameter:.3g}. Within noise it may be "
+        f"{decays_text(of_short)} in the short and {decays_text(of_long)} in the long runs; about the paper's 0.1 is "
+        f"{decays_text(about)}."
     )
     parts = (
-        True if is_about >= SURE else False if is_about <= 1 - SURE else None,
-        True if drops >= SURE else False if stays >= SURE else None,
+        True if set(of_long) <= set(about) else None if set(of_long) & set(about) else False,
+        True if drops else False if stays else None,
     )
     return verdict_on_all(parts), evidence
 
@@ -177,7 +176,7 @@ def gap_falls(gaps: Curve | None) -> Assertion:
     every λ, and the exact permutation of the λ at 0.025. It falls, or rises, only if both say so.
     """
     if gaps is None or gaps.resampled is None:
-        return assertion("A7", CANNOT_BE_SAID, NO_LOSSES)
+        return assertion("A7", CANNOT_BE_SAID, no_losses(gaps))
     if len(gaps.weight_decays) < LEAST_FOR_TREND:
         return assertion("A7", CANNOT_BE_SAID, too_few(len(gaps.weight_decays)))
     found = trend(gaps)
@@ -205,10 +204,21 @@ def trend_text(found: Trend, what: str) -> str:
     )
 
 
-def too_few(count: int) -> str:
-    """Why a trend over so few λ is not tested."""
+def no_losses(found: Curve | None) -> str:
+    """Why losses whose noise is not known are not tested."""
+    if found is None:
+        return NO_LOSSES
+    if len(found.weight_decays) == 1:
+        return "Losses are known at one λ only: it takes several, so add values of λ."
     return (
-        f"There are results of {count} λ: a rank test needs {LEAST_FOR_TREND}, since of four even a perfect order comes about by "
+        "The losses of the λ are not known on the same sequences, so the noise of a difference is not known: measure them alike."
+    )
+
+
+def too_few(count: int, which: str = "") -> str:
+    """Why a trend over so few λ (`which` ones) is not tested."""
+    return (
+        f"There are results of {count} λ{which}: a rank test needs {LEAST_FOR_TREND}, since of four even a perfect order comes about by "
         "chance once in 24 times. Add values of λ."
     )
 
@@ -217,7 +227,7 @@ def wrong_length(setting: Setting, wanted: float) -> str:
     """Why a statement about runs of one length is not tested on those of another."""
     known = setting.tokens_per_parameter
     if known is None:
-        return f"How many tokens per parameter the models saw is not known; the statement is about {wanted:.0f}."
+        return f"How many tokens per parameter the models saw is not known, or not the same for all; the statement is about {wanted:.0f}."
     return (
         f"The models saw {known:.3g} tokens per parameter, and the statement is about {wanted:.0f}: set `tokens` to {wanted:.0f} "
         "times the parameters."
@@ -238,9 +248,3 @@ def _as_in_paper(setting: Setting, weight_decay: float) -> str:
     if found is None or found.low == found.high == weight_decay:
         return f"{weight_decay:.3g}"
     return f"{weight_decay:.3g} (in the paper's runs {found})"
-
-
-def lowest_texts(shares: Mapping[float, float]) -> str:
-    """`λ = 0.5 in 80 %, λ = 1 in 20 %` of the resamples, the most frequent first."""
-    ordered = sorted(((share, -decay) for decay, share in shares.items() if share >= 0.005), reverse=True)
-    return ", ".join(f"{decay_text(-decay)} in {percent_text(share)}" for share, decay in ordered)

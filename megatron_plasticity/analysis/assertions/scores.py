@@ -11,8 +11,8 @@ from itertools import combinations
 
 import numpy as np
 
-from megatron_plasticity.analysis.assertions.curves import SURE, Curve, difference, shared, shares_of_choice
-from megatron_plasticity.analysis.assertions.losses import NO_LOSSES, lowest_texts
+from megatron_plasticity.analysis.assertions.curves import SURE, Curve, contenders, difference, shared
+from megatron_plasticity.analysis.assertions.losses import SEED_MARGIN, no_losses
 from megatron_plasticity.analysis.assertions.translation import NOT_STRICT, Setting
 from megatron_plasticity.analysis.assertions.verdict import (
     CANNOT_BE_SAID,
@@ -21,6 +21,7 @@ from megatron_plasticity.analysis.assertions.verdict import (
     Assertion,
     assertion,
     decay_text,
+    decays_text,
     fixed,
     percent_text,
     verdict_on_all,
@@ -46,40 +47,42 @@ def downstream_optimum_is_larger(losses: Curve | None, scores: Curve | None, set
     """A3: the best λ by score after fine-tuning is at least the best λ by validation loss, and larger in four of the paper's
     settings.
 
-    Over the λ that have both. The bootstrap of the questions chooses a best λ by score, that of the sequences one by loss; the
-    two are independent. It holds if the choice by score is larger in at least 95 % of the pairs of choices. It also holds if it
-    is larger or equal in as many, unless the models are in one of the four settings, or the choice by loss is an end of the grid:
-    there the best λ by loss may lie beyond it, or nothing could have been smaller. Smaller in 95 %, or equal in 95 % in one of
-    the four settings, refutes it.
+    Over the λ that have both. The best λ by loss and by score are sets: all λ that no other beats by more than noise, corrected
+    for all pairs. It holds if every λ of the score's set is larger than every one of the loss's: each λ up to the choice by loss
+    is then reliably worse than the best by score. It also holds if every one is larger or equal, unless the models are in one of
+    the four settings, or the observed lowest loss is at an end of the grid: there the best λ by loss may lie beyond it, or
+    nothing could have been smaller. Every one smaller, or in the four settings smaller or equal, refutes it.
     """
     if losses is None or losses.resampled is None:
-        return assertion("A3", CANNOT_BE_SAID, NO_LOSSES)
+        return assertion("A3", CANNOT_BE_SAID, no_losses(losses))
     if scores is None or len(scores.weight_decays) < 2:
         return assertion("A3", CANNOT_BE_SAID, NO_SCORES)
     losses, scores = shared(losses, scores)
     decays = losses.weight_decays
     if len(decays) < 2:
         return assertion("A3", CANNOT_BE_SAID, "Fewer than two λ have both a loss and scores on every task.")
-    by_loss, by_score = shares_of_choice(losses, lowest=True), shares_of_choice(scores, lowest=False)
-    pairs = [(one, other, by_loss[one] * by_score[other]) for one in decays for other in decays]
-    larger, equal, smaller = (sum(share for one, other, share in pairs if np.sign(other - one) == sign) for sign in (1, 0, -1))
-    at_an_end = by_loss[decays[0]] + by_loss[decays[-1]] > 1 - SURE
+    by_loss, by_score = contenders(losses, lowest=True), contenders(scores, lowest=False)
+    lowest, highest = min(decays, key=losses.at), max(decays, key=scores.at)
+    at_an_end = lowest in (decays[0], decays[-1])
     recipe = setting.recipe
     strict = recipe is not None and recipe.name != NOT_STRICT
     seen = (
-        f"Loss chooses {lowest_texts(by_loss)} of the resamples, the score {lowest_texts(by_score)}: the choice by score is "
-        f"larger in {percent_text(larger)}, equal in {percent_text(equal)}."
+        f"The loss is lowest at {decay_text(lowest)}, the score highest at {decay_text(highest)}. Within noise the best by loss "
+        f"may be {decays_text(by_loss)}, and by score {decays_text(by_score)} (corrected for all pairs)."
     )
-    if larger >= SURE:
+    if min(by_score) > max(by_loss):
         return assertion("A3", HOLDS, seen)
-    if smaller >= SURE or (strict and equal >= SURE and not at_an_end):
+    if max(by_score) < min(by_loss):
         return assertion("A3", DOES_NOT_HOLD, seen)
-    if larger + equal >= SURE and not strict:
-        if not at_an_end:
-            return assertion("A3", HOLDS, seen)
+    at_least, at_most = min(by_score) >= max(by_loss), max(by_score) <= min(by_loss)
+    if at_an_end and (at_most if strict else at_least):
         return assertion(
             "A3", CANNOT_BE_SAID, seen, "The loss is lowest at an end of the grid, where equality says nothing: extend the grid."
         )
+    if strict and at_most:
+        return assertion("A3", DOES_NOT_HOLD, seen)
+    if at_least and not strict:
+        return assertion("A3", HOLDS, seen)
     return assertion("A3", CANNOT_BE_SAID, seen, "More test questions, or more tasks, would tell the λ apart.")
 
 
@@ -87,10 +90,11 @@ def worse_loss_better_score(losses: Curve | None, scores: Curve | None) -> Asser
     """A4: some pair of λ has worse validation loss and a better score after fine-tuning.
 
     It holds if a pair differs in both, in opposite directions, by more than noise, with the level 0.05 divided by the number of
-    pairs (Bonferroni). To refute it, loss and score have to order *every* pair alike by more than noise.
+    pairs (Bonferroni), and in loss by more than 0.01 nats (`SEED_MARGIN`) beyond it. To refute it, loss and score have to order
+    *every* pair alike, as reliably.
     """
     if losses is None or losses.resampled is None:
-        return assertion("A4", CANNOT_BE_SAID, NO_LOSSES)
+        return assertion("A4", CANNOT_BE_SAID, no_losses(losses))
     if scores is None or len(scores.weight_decays) < 2:
         return assertion("A4", CANNOT_BE_SAID, NO_SCORES)
     losses, scores = shared(losses, scores)
@@ -99,7 +103,7 @@ def worse_loss_better_score(losses: Curve | None, scores: Curve | None) -> Asser
         return assertion("A4", CANNOT_BE_SAID, "Fewer than two λ have both a loss and scores on every task.")
     found = [(difference(losses, *pair, len(pairs)), difference(scores, *pair, len(pairs)), pair) for pair in pairs]
     opposed = [item for item in found if item[0].value * item[1].value > 0]
-    clear = [item for item in opposed if item[0].sign * item[1].sign > 0]
+    clear = [item for item in opposed if item[0].beyond(SEED_MARGIN) * item[1].sign > 0]
     if clear:
         loss, score, pair = max(clear, key=lambda item: abs(item[1].value))
         worse, better = pair[::-1] if loss.value > 0 else pair
@@ -111,14 +115,14 @@ def worse_loss_better_score(losses: Curve | None, scores: Curve | None) -> Asser
             f"{fixed(100 * abs(score.value), 1)} points more (± {fixed(100 * reach, 1)}, corrected for {len(pairs)} pairs).",
             f"{len(clear)} of {len(pairs)} pairs are opposed by more than noise." if len(clear) > 1 else "",
         )
-    concordant = [item for item in found if item[0].sign * item[1].sign < 0]
+    concordant = [item for item in found if item[0].beyond(SEED_MARGIN) * item[1].sign < 0]
     if len(concordant) == len(pairs):
         return assertion("A4", DOES_NOT_HOLD, f"Loss and score order all {len(pairs)} pairs alike, by more than noise.")
     return assertion(
         "A4",
         CANNOT_BE_SAID,
         f"In {len(opposed)} of {len(pairs)} pairs the λ with the worse loss scores better, but in no pair by more than noise in "
-        "both once corrected for the number of pairs. More test questions would tell.",
+        f"both, and {SEED_MARGIN} nats of loss, once corrected for the number of pairs. More test questions would tell.",
     )
 
 
@@ -163,8 +167,8 @@ def _order(ways: Mapping[str, Curve], what: str) -> tuple[bool | None, str]:
     """Whether the scores of the λ have one order after every way of `what`; None if noise leaves that open. And the evidence.
 
     Every pair of λ is compared after every way, at 0.05 over the number of comparisons (Bonferroni). A pair that two ways order
-    oppositely, both by more than noise, refutes it. It survives if the pairs that some way tells apart are told apart by at least
-    two, and have the same sign, if not by more than noise, after every one.
+    oppositely, both by more than noise, refutes it. It survives if at least half of the pairs are told apart by at least two ways
+    each, and every pair that some way tells apart has the same sign, if not by more than noise, after every one.
     """
     decays = sorted(set.intersection(*(set(found.weight_decays) for found in ways.values())))
     pairs = list(combinations(decays, 2))
@@ -185,8 +189,11 @@ def _order(ways: Mapping[str, Curve], what: str) -> tuple[bool | None, str]:
         told += len(certain) >= 2
         kept = kept and not (certain and any(item.value * certain[0] <= 0 for item in differences.values()))
     seen = f"Over {len(ways)} ways of {what} no pair of λ changes its order by more than noise"
-    if not told:
-        return None, f"{seen}, but no pair is told apart by two of them either. More test questions would tell."
+    if 2 * told < len(pairs):
+        return None, (
+            f"{seen}, but only {told} of {len(pairs)} pairs are told apart by two of them, and an order takes half. More test "
+            "questions would tell."
+        )
     if not kept:
         return None, f"{seen}, but a pair that one way tells apart has the opposite order, within noise, after another."
     return (

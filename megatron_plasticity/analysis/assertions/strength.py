@@ -36,7 +36,8 @@ def flat_below_and_collapse_above(losses: Curve | None, scores: Curve | None, se
     """A8: the effect of λ is flat below 0.1, and models collapse at 10; both on the paper's scale (see `translation.py`).
 
     The paper's λ from 1e-4 to 10 were run at 20 tokens per parameter; the statement is tested on runs of about that length. Of
-    held-out loss and of the mean score after fine-tuning, as far as they are known; `chance` is what guessing scores. *Flat*:
+    held-out loss and of the mean score after fine-tuning; `chance` is what guessing scores. It holds only if all four parts are
+    known: each of the two flat and collapsed. *Flat*:
     all differences between λ of at most 0.1 lie, with their intervals, within 0.02 nats and within two percentage points.
     *Collapse*: at the smallest λ of at least 10 the loss is 0.5 nats above the lowest, and the score, less chance, below half of
     the best. One part that is refuted by more than noise refutes the statement.
@@ -57,27 +58,35 @@ def flat_below_and_collapse_above(losses: Curve | None, scores: Curve | None, se
     if not large:
         lacking.append(f"the grid has no λ that is surely as large as the paper's {COLLAPSE_AT:g}")
     parts: list[bool | None] = [None] * len(lacking)
-    seen = []
-    for name, found in known.items():
-        below = [decay for decay in small if decay in found.weight_decays]
-        if len(below) > 1:
+    seen, unknown = [], []
+    for name in ("loss", "score"):
+        found = known.get(name)
+        has = [] if found is None else found.weight_decays
+        below = [decay for decay in small if decay in has]
+        if found is not None and len(below) > 1:
             parts.append(flatness(found, below, FLAT_LOSS if name == "loss" else FLAT_SCORE))
             seen.append(f"the {name} differs by {_text(name, widest(found, below))} over {decays_text(below)}")
+        elif len(small) > 1:
+            parts.append(None)
+            unknown.append(f"the {name} is not known at {decays_text(decay for decay in small if decay not in has)}")
         for decay in large:
-            if decay in found.weight_decays:
+            if found is not None and decay in has:
                 parts.append(collapsed_by_loss(found, decay) if name == "loss" else collapsed_by_score(found, decay, chance))
-                seen.append(f"at {decay_text(decay)} it is {_text(name, _from_best(name, found, decay))} from the best")
+                seen.append(f"at {decay_text(decay)} the {name} is {_text(name, _from_best(name, found, decay))} from the best")
             else:
                 parts.append(None)
+                unknown.append(f"the {name} is not known at {decay_text(decay)}")
     lack = "; ".join(lacking)
     saw = "; ".join(seen)
+    missing = f"Missing: {'; '.join(unknown)}." if unknown else ""
     if not setting.is_about(SHORT):
-        return assertion("A8", CANNOT_BE_SAID, wrong_length(setting, SHORT), f"Here {saw}." if saw else "")
+        return assertion("A8", CANNOT_BE_SAID, wrong_length(setting, SHORT), f"Here {saw}." if saw else "", missing)
     return assertion(
         "A8",
         verdict_on_all(parts),
         f"{saw[0].upper()}{saw[1:]}." if saw else "",
         f"{lack[0].upper()}{lack[1:]}: add it." if lack else "",
+        missing,
     )
 
 

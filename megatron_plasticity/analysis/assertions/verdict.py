@@ -18,9 +18,9 @@ HOLDS: Verdict = "holds"
 DOES_NOT_HOLD: Verdict = "does not hold"
 CANNOT_BE_SAID: Verdict = "cannot be said"
 
-_TWO_READINGS = "two or more independent readings of the paper agree"
-_ONE_READING = "one reading of the paper"
-_UNGRADED = "read in the paper's results; no second reading was recorded"
+_TWO_READINGS = "Two independent readings of the paper agree."
+_ONE_READING = "One reading of the paper says so."
+_UNGRADED = "One reading of the paper's results says so, and no second one was recorded."
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,19 @@ _ALL = (
     Statement(
         "A6",
         "The pseudo-rank of W_QK falls with λ, that of W_VP is nearly flat.",
-        _TWO_READINGS + "; the formula of the pseudo-rank rests on one",
+        "Two independent readings of the paper agree; the formula of the pseudo-rank rests on one.",
     ),
     Statement("A7", "The train–validation gap falls with λ.", _TWO_READINGS),
     Statement("A8", "The effect of λ is flat below 0.1, and models collapse at 10.", _UNGRADED),
     Statement(
         "A9a",
         "The order of λ survives other learning rates, batch sizes and weight decays of fine-tuning.",
-        "two readings agree that there is such a sweep, in the second version; " + _UNGRADED,
+        "Two readings agree that the paper's second version has such a sweep; its outcome rests on one.",
     ),
     Statement(
         "A9b",
         "The order of λ survives other learning rates of pretraining.",
-        "that there is such a sweep, in the second version, was read in the paper's public code; its outcome was " + _UNGRADED,
+        "The paper's public code has such a sweep, for the second version; its outcome rests on one reading.",
     ),
     Statement("A10", "The correlation of validation loss and score after fine-tuning is unstable.", _ONE_READING),
 )

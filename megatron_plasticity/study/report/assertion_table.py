@@ -31,7 +31,13 @@ def assertion_tables(found: StudyAssertions, groups: Sequence[Group]) -> list[La
 
 
 def _table(found: Sequence[Assertion]) -> Table:
-    columns = {"": False, "statement": False, "verdict": False, "evidence": False, "that the paper states it": False}
+    columns = {
+        "": False,
+        "statement": False,
+        "verdict": False,
+        "evidence": False,
+        "how sure we are that the paper says so": False,
+    }
     return table(
         columns,
         [

@@ -88,12 +88,15 @@ class _Evidence:
         measured = {model.weight_decay: losses for model in group.models if (losses := sequence_losses(model)) is not None}
         paired = resample_losses(measured, *settings)
         mean = mean_curve(list(found.score_curves.values()))
+        # Without noise there is no test, but what is there should not be asked for.
+        losses = {decay: fmean(found.held_out) for decay, found in measured.items()}
+        unpaired = curve(list(losses), list(losses.values())) if losses else None
         return cls(
             group=group,
             found=found,
             setting=_setting(group.models),
-            losses=None if paired is None else _losses(paired),
-            gaps=None if paired is None else Curve(paired.weight_decays, paired.gap, paired.resampled_gap),
+            losses=unpaired if paired is None else _losses(paired),
+            gaps=unpaired if paired is None else Curve(paired.weight_decays, paired.gap, paired.resampled_gap),
             scores=None if mean is None else _scores(mean),
         )
 
@@ -110,11 +113,11 @@ def _of_group(each: _Evidence, results: StudyResults) -> Iterator[Assertion]:
     yield loss_is_u_shaped(each.losses, each.setting)
     yield downstream_optimum_is_larger(each.losses, each.scores, each.setting)
     yield worse_loss_better_score(each.losses, each.scores)
-    # The paper's trends inside the models are of the useful range of λ: those that A8 calls collapsed are left out.
+    # The paper's trends inside the models, and its orders of λ, are of the useful range: those as strong as A8's 10 are left out.
     useful = _useful(each)
     yield probes_rise(_accuracies(useful))
     head_dim = next(
-        (size for model in useful if model.attention and (size := number(model.attention.results.get("head_dim")))), 0.0
+        (size for model in useful if model.attention and (size := number(model.attention.results.get("head_dim")))), None
     )
     settings = bootstrap_settings(results.config)
     yield pseudo_rank_falls(_ranks(useful, "qk", settings), _ranks(useful, "vp", settings), head_dim)
@@ -122,7 +125,9 @@ def _of_group(each: _Evidence, results: StudyResults) -> Iterator[Assertion]:
     yield flat_below_and_collapse_above(each.losses, each.scores, each.setting, _chance(each))
     paths = {path for point in results.variants.values() for path in point}
     varied = [path for path in paths if len({str(point.get(path)) for point in results.variants.values()}) > 1]
-    yield order_survives_finetuning(_ways(each.found, results), varied)
+    decays = [model.weight_decay for model in useful]
+    ways = {way: found.only(decays) for way, found in _ways(each.found, results).items()}
+    yield order_survives_finetuning(ways, varied)
     losses = each.found.losses
     yield correlation_is_unstable(curve(list(losses), list(losses.values())) if losses else None, each.scores)
 
@@ -146,8 +151,9 @@ def _useful(each: _Evidence) -> list[BaseModel]:
     return [model for model in each.group.models if model.weight_decay not in collapsed]
 
 
-def _accuracies(models: Sequence[BaseModel]) -> dict[str, dict[int, Curve]]:
-    """Data set → layer → accuracy over λ, mean over seeds, of standardised features. The embedding is no layer."""
+def _accuracies(models: Sequence[BaseModel]) -> dict[str, dict[int, Curve]] | str:
+    """Data set → layer → accuracy over λ, mean over seeds, of standardised features; or why there is none. The embedding is no
+    layer."""
     found: dict[str, dict[int, dict[float, float]]] = {}
     for model in models:
         for name, entry in ((model.probes.results.get("datasets") if model.probes else None) or {}).items():
@@ -156,22 +162,30 @@ def _accuracies(models: Sequence[BaseModel]) -> dict[str, dict[int, Curve]]:
                 place = str(point).split(".")
                 if place[0] == "layers" and seeds:
                     found.setdefault(name, {}).setdefault(int(place[1]), {})[model.weight_decay] = fmean(seeds)
+    if not found and any(model.probes for model in models):
+        return "The probes have no accuracies of layers on standardised features: put `true` among `standardise` of `probes`."
+    if not found:
+        return "No probes were fitted: put `probes: {}` among the `analyses`."
     return {
         name: {layer: curve(list(values), list(values.values())) for layer, values in sorted(layers.items())}
         for name, layers in found.items()
     }
 
 
-def _ranks(models: Sequence[BaseModel], matrix: str, settings: tuple[int, int]) -> Curve | None:
-    """Pseudo-rank over λ, mean over the heads of all layers, which are resampled; None without two λ."""
+def _ranks(models: Sequence[BaseModel], matrix: str, settings: tuple[int, int]) -> Curve | str:
+    """Pseudo-rank over λ, mean over the heads of all layers, which are resampled; or why there is none."""
     heads: dict[float, list[float]] = {}
     for model in models:
         layers = (model.attention.results.get("layers") if model.attention else None) or ()
         ranks = [rank for layer in layers for rank in _at_share((layer.get(matrix) or {}).get("pseudo_rank") or {})]
         if ranks:
             heads[model.weight_decay] = ranks
-    if len(heads) < 2 or len({len(ranks) for ranks in heads.values()}) > 1:
-        return None
+    if not any(model.attention for model in models):
+        return "The attention matrices were not analysed: put `attention: {}` among the `analyses`."
+    if not heads:
+        return f"The attention analysis has no pseudo-rank at a share of {_PSEUDO_RANK_SHARE}: put it among `thresholds` of `attention`."
+    if len({len(ranks) for ranks in heads.values()}) > 1:
+        return "The models do not have equally many attention heads, so that pseudo-ranks of single heads cannot be compared."
     return curve_over_units(heads, *settings)
 
 
@@ -206,6 +220,7 @@ def _pretraining_rates(groups: Sequence[_Evidence]) -> Assertion:
         point = {path: value for path, value in each.group.models[0].pretrain.point.items() if path not in WEIGHT_DECAY_PATHS}
         rate = point.pop(_LEARNING_RATE, None)
         if rate is not None and each.scores is not None:
-            alike.setdefault(str(point), {})[f"learning rate {rate:g}"] = each.scores
+            decays = [model.weight_decay for model in _useful(each)]
+            alike.setdefault(str(point), {})[f"learning rate {rate:g}"] = each.scores.only(decays)
     sets = [rates for rates in alike.values() if len(rates) > 1] or [{}]
     return combined([order_survives_pretraining_rate(rates) for rates in sets])
