@@ -121,7 +121,9 @@ def test_groups_of_other_lengths_are_compared(tmp_path: Path) -> None:
 
 
 def test_groups_of_other_learning_rates_are_compared(tmp_path: Path) -> None:
-    study = fabricate(tmp_path / "study", Fabrication(seeds=(1, 2), tasks=TASKS, analyses=()))
+    study = fabricate(
+        tmp_path / "study", Fabrication(weight_decays=(0.0, 0.1, 0.5), seeds=(1, 2), tasks=TASKS, analyses=(), questions=1000)
+    )
 
     def rates(cell: dict[str, Any]) -> None:
         cell["point"]["optimizer.learning_rate"] = 1e-3 * cell["point"].pop("seed")
@@ -178,6 +180,83 @@ def test_imported_models_are_tested_on_what_is_known_of_them(tmp_path: Path) -> 
     assert "Pretrain the models in the study" in found["A3"].evidence
     assert "8 pairs of data set and layer" in found["A5"].evidence
     assert "over λ = 0, 0.1." in found["A8"].evidence, "λ of the paper's own models needs no timescale"
+
+
+def change_results(study: Path, kind: str, change: Callable[[dict[str, Any]], None]) -> None:
+    """`change(results)` on every run of a kind."""
+    for cell in json.loads((study / "study.json").read_text())["cells"]:
+        if cell["kind"] == kind:
+            path = study / cell["folder"] / "results.json"
+            results = json.loads(path.read_text())
+            change(results)
+            path.write_text(json.dumps(results))
+
+
+def test_a_collapsed_weight_decay_alone_makes_no_order(tmp_path: Path) -> None:
+    """λ = 400 is more than 10 in the paper's runs, and is what all the others are told apart from."""
+    study = fabricate(tmp_path / "study", Fabrication(weight_decays=(0.4, 0.5, 400.0), seeds=(1, 2), tasks=TASKS, analyses=()))
+
+    def rates(cell: dict[str, Any]) -> None:
+        cell["point"]["optimizer.learning_rate"] = 1e-3 * cell["point"].pop("seed")
+
+    change_cells(study, rates)
+    found = {item.key: item for item in assessed(study).across}["A9b"]
+    assert found.verdict == "cannot be said"
+    assert "0 of 1 pairs" in found.evidence, "the pair of the useful λ is all that counts"
+
+
+def test_models_of_unequal_length_are_of_no_length(tmp_path: Path) -> None:
+    """Twenty tokens per parameter for all but one λ: the statements about twenty are not tested on the group."""
+    study = fabricate(tmp_path / "study", Fabrication(tasks=(), analyses=("overfitting",)))
+    change_pretraining(study, lambda cell, results: results.update(tokens=20 * results["parameters"]["total"]))
+    same = {item.key: item for item in assessed(study).groups[0]}["A1"]
+    assert "tokens per parameter" not in same.evidence
+    change_pretraining(
+        study,
+        lambda cell, results: results.update(tokens=(40 if cell["weight_decay"] == 0.5 else 20) * results["parameters"]["total"]),
+    )
+    other = {item.key: item for item in assessed(study).groups[0]}["A1"]
+    assert other.verdict == "cannot be said"
+    assert "or not the same for all" in other.evidence
+
+
+def test_the_evidence_names_what_is_lacking_and_nothing_else(tmp_path: Path) -> None:
+    study = fabricate(tmp_path / "study", Fabrication(tasks=()))
+
+    def raw_only(results: dict[str, Any]) -> None:
+        for entry in results["datasets"].values():
+            del entry["variants"]["standardised"]
+
+    def no_width(results: dict[str, Any]) -> None:
+        del results["head_dim"]
+
+    def no_share(results: dict[str, Any]) -> None:
+        for layer in results["layers"]:
+            del layer["qk"]["pseudo_rank"]["0.95"], layer["vp"]["pseudo_rank"]["0.95"]
+
+    def evidence(key: str) -> str:
+        item = next(item for item in assessed(study).groups[0] if item.key == key)
+        assert item.verdict == "cannot be said"
+        return item.evidence
+
+    change_results(study, "probes", raw_only)
+    assert "put `true` among `standardise`" in evidence("A5")
+    change_results(study, "attention", no_width)
+    assert "the width of a head is not in the results" in evidence("A6")
+    change_results(study, "attention", no_share)
+    assert "at a share of 0.95: put it among the `thresholds`" in evidence("A6")
+
+    one = fabricate(tmp_path / "one", Fabrication(weight_decays=(0.1,), tasks=()))
+    found = {item.key: item.evidence for item in assessed(one).groups[0]}
+    for key in ("A1", "A3", "A4", "A7"):
+        assert found[key] == "Losses are known at one λ only: it takes several, so add values of λ."
+    assert "results of 1 λ of the useful range" in found["A5"]
+    assert "results of 1 λ of the useful range" in found["A6"]
+    none = fabricate(tmp_path / "none", Fabrication(tasks=(), analyses=()))
+    found = {item.key: item.evidence for item in assessed(none).groups[0]}
+    assert "No probes were fitted" in found["A5"]
+    assert "were not analysed" in found["A6"]
+    assert "`overfitting: {}`" in found["A1"]
 
 
 @pytest.mark.parametrize(

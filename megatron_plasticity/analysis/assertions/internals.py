@@ -27,10 +27,10 @@ _USEFUL = " of the useful range"
 def probes_rise(accuracies: Mapping[str, Mapping[int, Curve]] | str) -> Assertion:
     """A5: the accuracy of linear probes rises with λ at each layer.
 
-    `accuracies` is data set → layer → accuracy over λ, a mean over the seeds of the probe; or why there is none. Spearman's rank correlation with λ is
-    tested by the exact permutation of the λ. It holds if *every* layer of every data set rises at 0.025, one-sided; since all
-    have to, no correction is due. It does not hold if the mean over the layers of some data set falls at 0.025 over the number of
-    data sets, or a single layer at 0.025 over the number of layers.
+    `accuracies` is data set → layer → accuracy over λ, a mean over the seeds of the probe; or why there is none. Spearman's rank
+    correlation with λ is tested by the exact permutation of the λ. It holds if *every* layer of every data set rises at 0.025,
+    one-sided; since all have to, no correction is due. It does not hold if the mean over the layers of some data set falls at
+    0.025 over the number of data sets, or a single layer at 0.025 over the number of layers.
     """
     if isinstance(accuracies, str):
         return assertion("A5", CANNOT_BE_SAID, accuracies)
@@ -77,9 +77,10 @@ def _fallen(accuracies: Mapping[str, Mapping[int, Curve]], tables: int) -> str:
 def pseudo_rank_falls(qk: Curve | str, vp: Curve | str, head_dim: float | None) -> Assertion:
     """A6: the pseudo-rank of W_QK falls with λ, that of W_VP is nearly flat.
 
-    Both are means over heads, with heads resampled; or why there is none. *Falls*: Spearman's rank correlation with λ is negative by its bootstrap
-    interval and by the exact permutation of the λ at 0.025. *Nearly flat*: the intervals of all differences between λ lie within
-    a tenth of `head_dim`, the largest possible rank; one beyond refutes it. Where the width is not known, it stays open.
+    Both are means over heads, with heads resampled; or why there is none. *Falls*: Spearman's rank correlation with λ is negative
+    by its bootstrap interval and by the exact permutation of the λ at 0.025. *Nearly flat*: the intervals of all differences
+    between λ lie within a tenth of `head_dim`, the largest possible rank; one beyond refutes it. Where the width is not known, it
+    stays open.
     """
     if isinstance(qk, str) or isinstance(vp, str):
         return assertion("A6", CANNOT_BE_SAID, qk if isinstance(qk, str) else vp if isinstance(vp, str) else "")
@@ -90,9 +91,7 @@ def pseudo_rank_falls(qk: Curve | str, vp: Curve | str, head_dim: float | None) 
         width = f"{spread}, of a head's {head_dim:.0f}; nearly flat is {fixed(margin, 1)}."
     else:
         flat = None
-        width = (
-            f"{spread}, but the width of a head is not in the results of the attention analysis, so what is flat is not known."
-        )
+        width = f"{spread}, but the width of a head is not in the results of `attention`, so what is flat is not known."
     if len(qk.weight_decays) < LEAST_FOR_TREND:
         return assertion("A6", verdict_on_all((None, flat)), too_few(len(qk.weight_decays), _USEFUL), width)
     found = trend(qk)

@@ -218,8 +218,8 @@ def no_losses(found: Curve | None) -> str:
 def too_few(count: int, which: str = "") -> str:
     """Why a trend over so few λ (`which` ones) is not tested."""
     return (
-        f"There are results of {count} λ{which}: a rank test needs {LEAST_FOR_TREND}, since of four even a perfect order comes about by "
-        "chance once in 24 times. Add values of λ."
+        f"There are results of {count} λ{which}: a rank test needs {LEAST_FOR_TREND}, since of four even a perfect order comes "
+        "about by chance once in 24 times. Add values of λ."
     )
 
 
@@ -227,7 +227,10 @@ def wrong_length(setting: Setting, wanted: float) -> str:
     """Why a statement about runs of one length is not tested on those of another."""
     known = setting.tokens_per_parameter
     if known is None:
-        return f"How many tokens per parameter the models saw is not known, or not the same for all; the statement is about {wanted:.0f}."
+        return (
+            "How many tokens per parameter the models saw is not known, or not the same for all; the statement is about "
+            f"{wanted:.0f}."
+        )
     return (
         f"The models saw {known:.3g} tokens per parameter, and the statement is about {wanted:.0f}: set `tokens` to {wanted:.0f} "
         "times the parameters."

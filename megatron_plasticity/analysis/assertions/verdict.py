@@ -18,7 +18,7 @@ HOLDS: Verdict = "holds"
 DOES_NOT_HOLD: Verdict = "does not hold"
 CANNOT_BE_SAID: Verdict = "cannot be said"
 
-_TWO_READINGS = "Two independent readings of the paper agree."
+_TWO_READINGS = "Two or more independent readings of the paper agree."
 _ONE_READING = "One reading of the paper says so."
 _UNGRADED = "One reading of the paper's results says so, and no second one was recorded."
 
@@ -59,7 +59,7 @@ _ALL = (
     Statement(
         "A6",
         "The pseudo-rank of W_QK falls with λ, that of W_VP is nearly flat.",
-        "Two independent readings of the paper agree; the formula of the pseudo-rank rests on one.",
+        "Two or more independent readings of the paper agree; the formula of the pseudo-rank rests on one.",
     ),
     Statement("A7", "The train–validation gap falls with λ.", _TWO_READINGS),
     Statement("A8", "The effect of λ is flat below 0.1, and models collapse at 10.", _UNGRADED),

@@ -36,6 +36,9 @@ from megatron_plasticity.study.results import WEIGHT_DECAY_PATHS, BaseModel, Gro
 from megatron_plasticity.study.scores import bootstrap_settings, number
 
 _PSEUDO_RANK_SHARE = 0.95
+_NONE_USEFUL = (
+    f"Every λ of the study is, on the paper's scale, {COLLAPSE_AT:g} or more, beyond the useful range: add smaller ones."
+)
 _LEARNING_RATE = "optimizer.learning_rate"
 _SAME_LENGTH = 1.05
 """Factor within which the base models of a group count as equally long in training."""
@@ -162,6 +165,8 @@ def _accuracies(models: Sequence[BaseModel]) -> dict[str, dict[int, Curve]] | st
                 place = str(point).split(".")
                 if place[0] == "layers" and seeds:
                     found.setdefault(name, {}).setdefault(int(place[1]), {})[model.weight_decay] = fmean(seeds)
+    if not models:
+        return _NONE_USEFUL
     if not found and any(model.probes for model in models):
         return "The probes have no accuracies of layers on standardised features: put `true` among `standardise` of `probes`."
     if not found:
@@ -180,10 +185,15 @@ def _ranks(models: Sequence[BaseModel], matrix: str, settings: tuple[int, int]) 
         ranks = [rank for layer in layers for rank in _at_share((layer.get(matrix) or {}).get("pseudo_rank") or {})]
         if ranks:
             heads[model.weight_decay] = ranks
+    if not models:
+        return _NONE_USEFUL
     if not any(model.attention for model in models):
         return "The attention matrices were not analysed: put `attention: {}` among the `analyses`."
     if not heads:
-        return f"The attention analysis has no pseudo-rank at a share of {_PSEUDO_RANK_SHARE}: put it among `thresholds` of `attention`."
+        return (
+            f"The attention analysis has no pseudo-rank at a share of {_PSEUDO_RANK_SHARE}: put it among the `thresholds` of "
+            "`attention`."
+        )
     if len({len(ranks) for ranks in heads.values()}) > 1:
         return "The models do not have equally many attention heads, so that pseudo-ranks of single heads cannot be compared."
     return curve_over_units(heads, *settings)
