@@ -42,11 +42,15 @@ quickstart: environment  ## Run the small weight-decay study on this machine and
 	$(BIN)/megatron-plasticity study report runs/quickstart
 
 .PHONY: test
-test: environment  ## Run the tests with branch coverage
+test: environment  ## Run the tests
+	$(PYTEST) $(PYTEST_ARGS)
+
+.PHONY: coverage
+coverage: environment  ## Run the tests and say which lines and branches they miss (slower)
 	$(PYTEST) --cov --cov-report=term $(PYTEST_ARGS)
 
 .PHONY: test-full
-test-full: environment  ## Run the tests and all parallel layouts, without coverage (three minutes more)
+test-full: environment  ## Run the tests and all parallel layouts (three minutes more)
 	$(PYTEST) -m "full or not full" $(PYTEST_ARGS)
 
 .PHONY: lint
