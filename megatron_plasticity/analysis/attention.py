@@ -19,6 +19,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from megatron_plasticity.analysis.head_statistics import SUMMARY_THRESHOLD
 from megatron_plasticity.config.analysis import AttentionProduct, AttentionRecipe
 from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.errors import UserError
@@ -27,7 +28,6 @@ from megatron_plasticity.tracking.progress import Progress
 
 Result = TypeVar("Result")
 
-SUMMARY_THRESHOLD = 0.95
 # A layer of a model of 4 billion parameters takes 0.2 GB while it is worked on, and the directions of its heads 0.7 GB.
 _LAYERS_AT_ONCE = 4
 # A share that is reached exactly, such as 19 of 20 equal values at 0.95, must not be missed by a rounding error.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,8 +11,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from megatron_plasticity.analysis.attention import SUMMARY_THRESHOLD
 from megatron_plasticity.analysis.drawing import drawing, save_svg
+from megatron_plasticity.analysis.head_statistics import greatest_entropy, summary_label
 
 _COLUMNS = 3
 _PRODUCTS = {"qk": "W_QK", "qk_folded": "W_QK with gains", "vp": "W_VP"}
@@ -57,7 +56,7 @@ def panels(results: Mapping[str, Any]) -> list[Panel]:
     The pseudo-rank is that at 0.95 of Σσ, or at the nearest threshold that was asked for.
     """
     layers = results["layers"]
-    threshold = min(layers[0]["vp"]["pseudo_rank"], key=lambda label: abs(float(label) - SUMMARY_THRESHOLD))
+    threshold = summary_label(layers[0]["vp"]["pseudo_rank"])
     found = [
         Panel(
             f"{name}: pseudo-rank ({threshold})",
@@ -69,8 +68,7 @@ def panels(results: Mapping[str, Any]) -> list[Panel]:
     ]
     if "maps" not in layers[0]:
         return found
-    # Query i sees i + 1 tokens, so its entropy is ln(i + 1) at most.
-    most_entropy = sum(math.log(seen) for seen in range(1, results["map_tokens"] + 1)) / results["map_tokens"]
+    most_entropy = greatest_entropy(results["map_tokens"])
     for key, title, highest in (
         ("entropy", "Entropy of the map (nats)", most_entropy),
         ("sink", "Mass on the first token", 1.0),

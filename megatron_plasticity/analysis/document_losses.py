@@ -53,20 +53,21 @@ def document_gap(seen: DocumentLosses, held_out: DocumentLosses, resamples: int,
     Source: our own; the claim that it examines is that of Han et al. (2602.11137). The ratio of resampled sums is the cluster
     bootstrap (Davison and Hinkley, Bootstrap Methods and their Application, 1997, 3.8).
     """
-    sides = [np.array(list(side.sums().values()), dtype=np.float64) for side in (seen, held_out)]
+    sums = seen.sums()
+    sides = [np.array(list(found.values()), dtype=np.float64) for found in (sums, held_out.sums())]
     if min(map(len, sides)) < 2:
         return None
     generator = np.random.default_rng(seed)
     resampled = [resampled_means(side, resamples, generator) for side in sides]
     means = [side[:, 0].sum() / side[:, 1].sum() for side in sides]
     ratios = [drawn[:, 0] / drawn[:, 1] for drawn in resampled]
-    known = {key: loss / targets for key, (loss, targets) in seen.sums().items() if targets >= SHORTEST}
+    known = {key: loss / targets for key, (loss, targets) in sums.items() if targets >= SHORTEST}
     return {
         "gap": interval(float(means[1] - means[0]), ratios[1] - ratios[0]),
         "seen_documents": len(sides[0]),
         "held_out_documents": len(sides[1]),
         "best_known": [
-            {"store": str(key[0]), "document": key[1], "targets": seen.sums()[key][1], "loss": known[key]}
+            {"store": str(key[0]), "document": key[1], "targets": sums[key][1], "loss": known[key]}
             for key in sorted(known, key=known.__getitem__)[:EXAMPLES]
         ],
     }

@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_plasticity.analysis.drawing import INK, MUTED, drawing, save_svg
+from megatron_plasticity.analysis.head_statistics import PRODUCTS
 
-_PRODUCTS = {"qk": "W_QK", "vp": "W_VP"}
 _COLOURS = {"truncated": "#b0301f", "control": "#3f78c9"}
 _LABELS = {"truncated": "the strongest directions", "control": "random directions"}
 
@@ -30,7 +30,7 @@ def truncation_figure(results: Mapping[str, Any]) -> Figure:
         figure.subplots(1, len(targets), sharey=True, squeeze=False).flat, targets.items(), strict=True
     ):
         _panel(axes, results["loss"], ranks)
-        axes.set_title(f"{_PRODUCTS[target]} of every head truncated")
+        axes.set_title(f"{PRODUCTS[target]} of every head truncated")
         axes.set_xlabel(f"rank k that is kept (of {results['head_dim']})")
     figure.axes[0].set_ylabel("held-out loss (nats per token)")
     figure.axes[0].legend()

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,14 @@ def sha256_file(path: Path) -> str:
     with path.open("rb") as file:
         while piece := file.read(1 << 20):
             digest.update(piece)
+    return digest.hexdigest()
+
+
+def sha256_files(files: Iterable[tuple[object, Path]]) -> str:
+    """SHA-256 over the names given and the contents of the files, in their order."""
+    digest = hashlib.sha256()
+    for name, path in files:
+        digest.update(f"{name}:{sha256_file(path)}\n".encode())
     return digest.hexdigest()
 
 

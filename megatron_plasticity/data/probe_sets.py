@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from random import Random
 from typing import Any, Protocol
 
 from megatron_plasticity.config.analysis import ProbesRecipe
-from megatron_plasticity.config.files import sha256_file
+from megatron_plasticity.config.files import sha256_files
 from megatron_plasticity.config.probe_sets import PROCEDURAL, PUBLISHED, ProbeSet
 from megatron_plasticity.data.labelled_text import LabelledText, Split, label_names, labelled_texts
 from megatron_plasticity.data.tables import table_rows
@@ -89,7 +88,7 @@ class _Rows:
         else:
             folder = Path(self.described.hub)
             files = [(path.relative_to(folder), path) for path in sorted(folder.rglob("*")) if path.is_file()]
-        return hashlib.sha256("".join(f"{place}:{sha256_file(path)}\n" for place, path in files).encode()).hexdigest()
+        return sha256_files(files)
 
     def texts(self, split: Split, count: int, seed: int) -> list[LabelledText]:
         found = self._train if split == "train" else self._test

@@ -6,7 +6,6 @@ on the question; so a pass that is there is the one that would be asked again.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 
 from megatron_plasticity.evaluation.responses import Response
+from megatron_plasticity.evaluation.samples import put_table
 
 _FOLDER = "responses"
 _CUT = b"conversations_cut"
@@ -54,13 +54,7 @@ class KeptResponses:
             metadata={_CUT: str(cut)},
         )
         rows = [{"question": number, **asdict(response)} for number, row in enumerate(responses) for response in row]
-        path = self._path(name)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-        try:
-            pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows, schema), temporary, compression="zstd")
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        put_table(self._path(name), pyarrow.Table.from_pylist(rows, schema))
 
     def remove(self) -> None:
         """They stand in the table of samples now."""

@@ -38,7 +38,11 @@ SCHEMA = pyarrow.schema(
 
 def write_samples(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write the rows, all or nothing."""
-    table = pyarrow.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA)
+    put_table(path, pyarrow.Table.from_pylist([dict(row) for row in rows], schema=SCHEMA))
+
+
+def put_table(path: Path, table: pyarrow.Table) -> None:
+    """Write a Parquet file, all or nothing."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         pyarrow.parquet.write_table(table, temporary, compression="zstd")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -10,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_plasticity.config.files import sha256_file
+from megatron_plasticity.config.files import sha256_files
 from megatron_plasticity.config.interchange import ImportRecipe
 from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.data.prepare import TOKENIZER_FILE
@@ -175,7 +174,4 @@ def _read_object(path: Path) -> dict[str, Any]:
 
 
 def _content_hash(files: Iterable[Path]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(f"{file.name}:{sha256_file(file)}\n".encode())
-    return digest.hexdigest()
+    return sha256_files((file.name, file) for file in files)

@@ -18,7 +18,7 @@ from megatron_plasticity.config.analysis import (
     TruncationConfig,
 )
 from megatron_plasticity.config.base import Section
-from megatron_plasticity.config.evaluation import EvaluateConfig, EvaluateRecipe
+from megatron_plasticity.config.evaluation import EvaluateConfig
 from megatron_plasticity.config.files import text_hash
 from megatron_plasticity.config.hashing import config_hash
 from megatron_plasticity.config.load import merge
@@ -27,7 +27,7 @@ from megatron_plasticity.config.tasks import TaskConfig
 from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig
 from megatron_plasticity.data.probe_sets import probe_inputs
 from megatron_plasticity.errors import ConfigError
-from megatron_plasticity.evaluation.inputs import evaluation_inputs
+from megatron_plasticity.evaluation.inputs import grading_inputs, reward_inputs
 from megatron_plasticity.evaluation.tasks.registry import get_task
 from megatron_plasticity.study.check import check_study
 from megatron_plasticity.study.grid import points, resolved_point, variant_name
@@ -96,7 +96,7 @@ def plan_study(
     place: the hashes of what each import reads, by the name of the base. Raises ConfigError if any cell's config is not valid.
     """
     bases = check_study(config)
-    tasks = [_TaskInputs.of(task, config.evaluate) for task in config.tasks]
+    tasks = _tasks_read(config)
     roots = _imports(config, sources or {}) if config.bases else _pretrainings(config, bases, corpus_hash or "")
     read = _texts_read(config.analyses)
     cells: list[PlannedCell] = []
@@ -151,16 +151,34 @@ class _Base:
 
 @dataclass(frozen=True)
 class _TaskInputs:
-    """A task, and its hash under the names by which the two kinds of run that read it know it."""
+    """A task, and what it puts into the hashes of the two kinds of run that read it."""
 
     config: TaskConfig
     of_finetune: Mapping[str, str]
     of_evaluate: Mapping[str, str]
 
-    @classmethod
-    def of(cls, config: TaskConfig, recipe: EvaluateRecipe | None) -> _TaskInputs:
-        identity = get_task(config).identity
-        return cls(config, {"task": identity} if identity else {}, evaluation_inputs(recipe, (config,)) if recipe else {})
+
+@dataclass(frozen=True)
+class _Tasks:
+    """The tasks of a study."""
+
+    each: tuple[_TaskInputs, ...]
+    of_evaluate: Mapping[str, str]
+    """What all of them put into the hash of an evaluation that asks all."""
+
+
+def _tasks_read(config: StudyConfig) -> _Tasks:
+    recipe, rewards = config.evaluate, reward_inputs(config.evaluate) if config.evaluate else {}
+
+    def of_evaluate(*tasks: TaskConfig) -> dict[str, str]:
+        return {**grading_inputs(recipe, tasks), **rewards} if recipe else {}
+
+    identities = [get_task(task).identity for task in config.tasks]
+    each = (
+        _TaskInputs(task, {"task": identity} if identity else {}, of_evaluate(task))
+        for task, identity in zip(config.tasks, identities, strict=True)
+    )
+    return _Tasks(tuple(each), of_evaluate(*config.tasks))
 
 
 def _pretrainings(config: StudyConfig, bases: list[PretrainConfig], corpus_hash: str) -> Iterator[_Root]:
@@ -207,16 +225,16 @@ def _texts_read(analyses: AnalysesConfig) -> dict[str, Mapping[str, str]]:
     }
 
 
-def _plasticity(config: StudyConfig, base: _Base, changes: Mapping[str, Any], tasks: list[_TaskInputs]) -> Iterator[PlannedCell]:
+def _plasticity(config: StudyConfig, base: _Base, changes: Mapping[str, Any], tasks: _Tasks) -> Iterator[PlannedCell]:
     """The evaluation of a base model, and its fine-tuning on each task in each way with the evaluation of what came out."""
-    if not tasks:
+    if not tasks.each:
         return
     assert config.evaluate is not None  # check_study
     output = study_folder(config)
     asked = EvaluateConfig(**config.evaluate.model_dump(), tasks=config.tasks, name=base.name, output=output, run=base.folder)
-    inputs = {"model": base.identity, **evaluation_inputs(config.evaluate, config.tasks)}
+    inputs = {"model": base.identity, **tasks.of_evaluate}
     yield _child("evaluate", asked, inputs, base.root, step=base.step)
-    for task in tasks:
+    for task in tasks.each:
         for variant in variants(config):
             finetune = _finetune_cell(config, base, changes, task, variant)
             evaluation = EvaluateConfig(

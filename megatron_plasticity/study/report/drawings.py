@@ -9,13 +9,14 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
+from megatron_plasticity.analysis.head_statistics import PRODUCTS
 from megatron_plasticity.study.report.comparability import readability
 from megatron_plasticity.study.report.features import FeaturesView, features_view
 from megatron_plasticity.study.report.figures import internals, training
 from megatron_plasticity.study.report.figures import outcomes as outcome_figures
 from megatron_plasticity.study.report.figures.svg import Palette, render
 from megatron_plasticity.study.report.figures.weight_decay_axis import WeightDecayAxis
-from megatron_plasticity.study.report.heads import PRODUCTS, loss_increases, statistics_of_heads
+from megatron_plasticity.study.report.heads import loss_increases, statistics_of_heads
 from megatron_plasticity.study.report.tables import stages_of
 from megatron_plasticity.study.results import BaseModel, Group, Outcome
 from megatron_plasticity.study.scores import Estimate, TaskScores, estimate, number
@@ -163,7 +164,7 @@ class Draughtsman:
     def pseudo_ranks(self) -> list[Drawing]:
         """Pseudo-rank at 95 % of the sum against λ, for both matrices on one scale."""
         drawings = []
-        for matrix in internals.MATRIX_NAMES:
+        for matrix in PRODUCTS:
             ranks, highest = {}, 1.0
             for decay, results in self._results("attention"):
                 per_layer = [_at(layer[matrix]["pseudo_rank"], 0.95) for layer in results.get("layers") or ()]
@@ -183,7 +184,7 @@ class Draughtsman:
             (decay, results["mean_spectrum"]) for decay, results in self._results("attention") if results.get("mean_spectrum")
         ]
         rows = []
-        for matrix in internals.MATRIX_NAMES:
+        for matrix in PRODUCTS:
             layers = spread(min((len(spectrum.get(matrix) or ()) for _, spectrum in found), default=0), _MOST_LAYERS)
             least = min((value for _, s in found for layer in layers for value in s[matrix][layer] if value > 0), default=1.0)
             row = []

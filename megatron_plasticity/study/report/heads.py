@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from megatron_plasticity.analysis.head_statistics import PRODUCTS, greatest_entropy, summary_label
 from megatron_plasticity.study.scores import Estimate, estimate
 
-PRODUCTS = {"qk": "W_QK", "vp": "W_VP"}
 Heads = Sequence[Sequence[float]]
 """[layer][head]"""
 
@@ -29,15 +28,12 @@ def statistics_of_heads(results: Mapping[str, Any]) -> Iterator[tuple[str, Heads
 def _at_summary_threshold(product: Mapping[str, Any]) -> Sequence[float]:
     """Pseudo-ranks at 0.95 of the sum, or at the nearest share that was asked for."""
     by_threshold: Mapping[str, Sequence[float]] = product.get("pseudo_rank") or {}
-    return by_threshold[min(by_threshold, key=lambda label: abs(float(label) - 0.95))] if by_threshold else ()
+    return by_threshold[summary_label(by_threshold)] if by_threshold else ()
 
 
 def _most_entropy(results: Mapping[str, Any], values: Heads) -> float:
     tokens = results.get("map_tokens")
-    if not tokens:
-        return max(map(max, values))
-    # Query i sees i + 1 tokens, so its entropy is ln(i + 1) at most.
-    return sum(math.log(seen) for seen in range(1, tokens + 1)) / tokens
+    return greatest_entropy(tokens) if tokens else max(map(max, values))
 
 
 def loss_increases(results: Mapping[float, Mapping[str, Any]], product: str, which: str) -> dict[float, dict[int, Estimate]]:

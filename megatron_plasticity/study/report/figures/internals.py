@@ -11,12 +11,12 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from megatron_plasticity.analysis.head_statistics import PRODUCTS
 from megatron_plasticity.study.report.figures.outcomes import chance_line
 from megatron_plasticity.study.report.figures.svg import INK, MUTED, Palette, panel, printable
 from megatron_plasticity.study.report.figures.weight_decay_axis import WeightDecayAxis
 from megatron_plasticity.study.scores import Estimate
 
-MATRIX_NAMES = {"qk": "W_QK", "vp": "W_VP"}
 _MAP_COLOUR = "#3f78c9"
 """A blue of middling lightness: it is seen on white and on black."""
 _MOST_NUMBERED_LAYERS, _MOST_NUMBERED_HEADS = 8, 8
@@ -70,7 +70,7 @@ def pseudo_rank_figure(matrix: str, ranks: Mapping[float, Sequence[float]], high
         )
     axis.line(axes, decays, [float(np.mean(ranks[d])) for d in decays], color=INK, linewidth=2.4, marker="o", markersize=5)
     axes.set_ylim(0, 1.05 * highest)
-    axes.set_title(f"{MATRIX_NAMES[matrix]}: pseudo-rank")
+    axes.set_title(f"{PRODUCTS[matrix]}: pseudo-rank")
     axes.set_ylabel("singular values that hold 95 %")
     axis.draw(axes, width=290)
     return figure
@@ -94,7 +94,7 @@ def spectrum_figure(matrix: str, layer: int, spectra: Mapping[float, Sequence[fl
     axes.set_yticks([], minor=True)
     axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-    axes.set_title(f"{MATRIX_NAMES[matrix]}, layer {layer}")
+    axes.set_title(f"{PRODUCTS[matrix]}, layer {layer}")
     axes.set_xlabel("k")
     axes.set_ylabel("σₖ / σ₁")
     return figure
