@@ -5,7 +5,8 @@
 #
 # HOSTFILE has lines such as "node1 slots=8". Every machine needs passwordless ssh, this repository at the same path with its
 # environment, and a shared folder for runs/ and data/. Of the environment the launcher forwards only variables whose names begin
-# with MLFLOW, PYTHON, NCCL, MV2 or UCX; put others into the file that DS_ENV_FILE names.
+# with MLFLOW, PYTHON, NCCL, MV2 or UCX, and those in the file that DS_ENV_FILE names, all of them on command lines that everybody
+# can see: with passwords use `megatron-plasticity launch`, which also checks the machines first.
 set -euo pipefail
 
 if [ "$#" -lt 3 ]; then

@@ -11,9 +11,11 @@ from pathlib import Path
 
 from megatron_plasticity import __version__, verbs
 from megatron_plasticity.errors import UserError
-from megatron_plasticity.training.signals import raise_interrupted_on_sigterm
+from megatron_plasticity.training.signals import raise_interrupted_on_signals
 
 PROGRAM = "megatron-plasticity"
+LAUNCHED = ("pretrain", "finetune", "evaluate")
+"""What `launch` starts."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +28,20 @@ class Verb:
     example: str
     takes: str = "config"
     """`config`: a YAML file and overrides; `config or folder`: the same, or a run folder instead of the file; `source`: the same,
-    or what to import instead; `folder`: a run or study folder; `options`: only what `options` adds."""
+    or what to import instead; `command and config`: the same, after the name of a command; `folder`: a run or study folder;
+    `options`: only what `options` adds."""
     options: Callable[[argparse.ArgumentParser], None] | None = None
     """Adds options of this command's own."""
 
 
 def _plan_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--gpus", type=int, nargs="+", default=[8], metavar="N", help="numbers of GPUs to plan for (default: 8)")
-    command.add_argument("--memory", type=float, default=80.0, metavar="GIB", help="memory of one GPU (default: 80)")
-    command.add_argument("--mfu", type=float, default=0.4, help="assumed share of the GPU's peak FLOP/s (default: 0.4)")
+    command.add_argument("--gpu", default="h100", metavar="NAME", help="kind of GPU: h100, h200 or a100 (default: h100)")
+    command.add_argument("--memory", type=float, metavar="GIB", help="memory of one GPU (default: that of its kind)")
+    command.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs with fast links among them (default: 8)")
+    command.add_argument("--network", type=float, default=400.0, metavar="GBIT", help="Gbit/s per GPU between nodes (default: 400)")
+    command.add_argument("--mfu", type=float, help="assume this share of the peak FLOP/s instead of predicting times")
+    command.add_argument("--assumptions", action="store_true", help="print every figure that predicted times rest on")
 
 
 def _show_options(command: argparse.ArgumentParser) -> None:
@@ -49,8 +56,41 @@ def _export_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--no-parity", dest="parity", action="store_false", help="do not compare with transformers' model")
 
 
+def _doctor_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="the same facts as JSON, to compare machines")
+
+
 def _evaluate_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--show", type=int, default=0, metavar="N", help="print the answers to N questions of each test set")
+
+
+def _study_plan_options(command: argparse.ArgumentParser) -> None:
+    _study_options(command)
+    command.add_argument("--memory", type=float, default=80.0, metavar="GIB", help="memory of one GPU (default: 80)")
+    command.add_argument("--mfu", type=float, default=0.4, help="assumed share of the GPU's peak FLOP/s (default: 0.4)")
+
+
+def _study_options(command: argparse.ArgumentParser) -> None:
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--hostfile", type=Path, metavar="FILE", help="on machines with lines such as: node1 slots=8")
+    where.add_argument("--slurm", action="store_true", help="as array jobs of Slurm")
+
+
+def _study_status_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--all", action="store_true", help="list every run")
+    command.add_argument("--json", action="store_true", help="everything as JSON")
+    command.add_argument("--watch", action="store_true", help="show it anew until every run is done")
+    command.add_argument("--seconds", type=float, default=5.0, metavar="S", help="between two looks of --watch (default: 5)")
+
+
+def _study_retry_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("cells", nargs="*", metavar="RUN", help="as `study status` calls them (default: those that failed)")
+
+
+def _compare_options(command: argparse.ArgumentParser) -> None:
+    command.add_argument("folders", type=Path, nargs="+", metavar="FOLDER", help="study folders, or one with several groups")
+    command.add_argument("--output", type=Path, metavar="DIR", help="where to write (default: comparison-… beside the first)")
+    command.add_argument("--any-finetuning", action="store_true", help="compare groups that were not fine-tuned alike, too")
 
 
 def _capture_options(command: argparse.ArgumentParser) -> None:
@@ -80,13 +120,64 @@ def _tasks_folder_option(command: argparse.ArgumentParser, name: str, what: str)
     command.add_argument(name, type=Path, default=Path("data/tasks"), metavar="DIR", help=f"{what} (default: data/tasks)")
 
 
+def _launch_options(command: argparse.ArgumentParser) -> None:
+    command.usage = f"{PROGRAM} launch {{{','.join(LAUNCHED)}}} CONFIG [KEY.PATH=VALUE …] [options]"
+    where = command.add_mutually_exclusive_group(required=True)
+    where.add_argument("--hostfile", type=Path, metavar="FILE", help="on its machines (--include or --exclude some)")
+    where.add_argument("--slurm", action="store_true", help="as a Slurm job (with --nodes N --gpus-per-node N)")
+    where.add_argument("--local", type=int, metavar="N", help="N processes on this machine")
+    for option in ("--include", "--exclude", "--master-addr", "--time", "--partition", "--account"):
+        command.add_argument(option, help=argparse.SUPPRESS)  # named in the lines of others, and in docs/cluster.md
+    for option in ("--nodes", "--gpus-per-node"):
+        command.add_argument(option, type=int, help=argparse.SUPPRESS)
+    command.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="more for Slurm: time, partition, …")
+    command.add_argument("--master-port", type=int, metavar="PORT", help="where ranks meet (default: 29500)")
+    command.add_argument("--env", action="append", default=[], metavar="NAME", help="hand on this variable too")
+    command.add_argument("--logs", type=Path, metavar="DIR", help="shared folder for logs (default: OUTPUT/launches)")
+    command.add_argument("--skip-preflight", action="store_true", help="do not check run and machines")
+
+
 VERBS = (
-    Verb(("study", "run"), verbs.study_run, "run everything of a study that is not done yet", "configs/studies/quickstart.yaml"),
     Verb(
-        ("study", "plan"), verbs.study_plan, "print the runs of a study without starting any", "configs/studies/quickstart.yaml"
+        ("study", "run"),
+        verbs.study_run,
+        "run everything of a study that is not done yet",
+        "configs/studies/quickstart.yaml",
+        options=_study_options,
     ),
-    Verb(("study", "status"), verbs.study_status, "how far each run of a study is", "runs/quickstart", "folder"),
+    Verb(
+        ("study", "plan"),
+        verbs.study_plan,
+        "print the runs of a study and what they need",
+        "configs/studies/quickstart.yaml",
+        options=_study_plan_options,
+    ),
+    Verb(
+        ("study", "status"),
+        verbs.study_status,
+        "how far a study is",
+        "runs/quickstart --watch",
+        "folder",
+        _study_status_options,
+    ),
+    Verb(
+        ("study", "retry"),
+        verbs.study_retry,
+        "run again what failed in a study",
+        "runs/quickstart pretrain-wd1",
+        "folder",
+        _study_retry_options,
+    ),
+    Verb(("study", "cancel"), verbs.study_cancel, "take a study's jobs out of Slurm's queue", "runs/quickstart", "folder"),
     Verb(("study", "report"), verbs.study_report, "write the report of a study", "runs/quickstart", "folder"),
+    Verb(
+        ("study", "compare"),
+        verbs.study_compare,
+        "whether the best λ moves from study to study",
+        "runs/olmo2-20x runs/olmo2-140x",
+        "options",
+        _compare_options,
+    ),
     Verb(
         ("data", "prepare"), verbs.data_prepare, "build a corpus: text, tokenizer, token files", "configs/corpora/quickstart.yaml"
     ),
@@ -129,6 +220,7 @@ VERBS = (
         "configs/runs/llama2-4b-20x.yaml --gpus 8 32 128",
         options=_plan_options,
     ),
+    Verb(("doctor",), verbs.doctor, "one page about this machine, and what to mend", "", "options", _doctor_options),
     Verb(("pretrain",), verbs.pretrain, "pretrain one model", "configs/runs/llama2-debug.yaml optimizer.weight_decay=0.5"),
     Verb(
         ("import-hf",),
@@ -195,15 +287,24 @@ VERBS = (
         "configs/analyze/features.yaml run=runs/FOLDER",
     ),
     Verb(
+        ("launch",),
+        verbs.launch,
+        "start a command on many GPUs, after checking them",
+        "pretrain configs/runs/llama2-4b-20x.yaml --hostfile hostfile",
+        "command and config",
+        _launch_options,
+    ),
+    Verb(
         ("mlflow", "sync"), verbs.mlflow_sync, "bring MLflow up to date with a run or study folder", "runs/quickstart", "folder"
     ),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run one command and exit: 0 if all went well, 1 if runs of a study failed, 2 for bad input, 128 + signal if interrupted."""
+    """Run one command and exit: 0 if all went well, 1 if runs of a study failed or `doctor` found this machine wanting, 2 for bad
+    input, 128 + signal if interrupted."""
     parsed = _parsed(arguments)
-    raise_interrupted_on_sigterm()
+    raise_interrupted_on_signals()
     try:
         sys.exit(parsed.run(parsed) or 0)
     except UserError as error:
@@ -266,7 +367,8 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add(parent: argparse._SubParsersAction[argparse.ArgumentParser], verb: Verb) -> None:
     example = " ".join((PROGRAM, *verb.words, verb.example)).rstrip()
-    reference = "docs/tasks.md" if verb.words[0] == "tasks" else "docs/config.md"
+    own_page = {"tasks": "docs/tasks.md", "doctor": "docs/doctor.md", "launch": "docs/cluster.md"}
+    reference = own_page.get(verb.words[0], "docs/config.md")
     command = parent.add_parser(
         verb.words[-1],
         help=verb.summary,
@@ -284,6 +386,8 @@ def _add(parent: argparse._SubParsersAction[argparse.ArgumentParser], verb: Verb
         assert verb.options is not None
         verb.options(command)
         return
+    if verb.takes == "command and config":
+        command.add_argument("verb", choices=LAUNCHED, help=argparse.SUPPRESS)
     if verb.takes == "source":
         command.add_argument("source", metavar="SOURCE", help="YAML file, Hugging Face folder, or name on its hub")
     else:

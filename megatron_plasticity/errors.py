@@ -24,11 +24,18 @@ class CheckpointError(UserError):
 
 
 class Interrupted(UserError):
-    """The run was asked to stop (Ctrl-C, SIGTERM) and has saved what it needs to go on."""
+    """The run was asked to stop (Ctrl-C, SIGTERM, SIGUSR1) and has saved what it needs to go on."""
 
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+class LostProcess(UserError):
+    """Another process of the job is gone or hangs, so that this one cannot go on; the same command goes on from the latest
+    checkpoint. Its exit code is that of a failure which may not come again (EX_TEMPFAIL of sysexits.h)."""
+
+    exit_code = 75
 
 
 def problems_of(checks: Iterable[Callable[[], object]]) -> list[str]:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from megatron_plasticity.config.base import Section
+    from megatron_plasticity.study.runner import StudyOutcome
     from megatron_plasticity.tracking.progress import Progress
     from megatron_plasticity.tracking.run_folder import RunFolder
 
@@ -117,12 +118,16 @@ def plan(arguments: Namespace) -> None:
     from megatron_plasticity.config.deepspeed import check_engine
     from megatron_plasticity.config.load import load_config
     from megatron_plasticity.config.training import PretrainConfig
-    from megatron_plasticity.launch.plan import Machine, plan_page
+    from megatron_plasticity.launch.hardware import Hardware, Links, device_named
+    from megatron_plasticity.launch.plan import Machine, assumptions_page, plan_page
 
-    machine = Machine(arguments.memory, arguments.mfu)
+    hardware = Hardware(device_named(arguments.gpu), Links(arguments.gpus_per_node, arguments.network))
+    memory = hardware.device.gibibytes if arguments.memory is None else arguments.memory
+    machine = Machine(memory, hardware=hardware) if arguments.mfu is None else Machine(memory, arguments.mfu)
     config = load_config(PretrainConfig, arguments.config, arguments.overrides)
     check_engine(config, config.parallel.model_parallel_size)
-    print(plan_page(config, arguments.gpus, machine), end="")
+    page = plan_page(config, arguments.gpus, machine)
+    print(page + ("\n" + assumptions_page(hardware) if arguments.assumptions else ""), end="")
 
 
 def pretrain(arguments: Namespace) -> None:
@@ -157,6 +162,61 @@ def pretrain(arguments: Namespace) -> None:
     with _mirrored(lambda: pretrain_folder(config), config.logging.mlflow), _console(config.name) as progress:
         folder = pretrain(config, progress)
     _finish(folder, ("held_out_loss", "seen_loss", "train_loss"))
+
+
+def doctor(arguments: Namespace) -> int:
+    """Print a page about this machine; 1 if training cannot work here as it should."""
+    import time
+
+    from megatron_plasticity.launch.doctor.examine import examine
+    from megatron_plasticity.launch.doctor.findings import problems
+    from megatron_plasticity.launch.doctor.page import document, page
+
+    started = time.perf_counter()
+    facts = examine()
+    if arguments.json:
+        print(json.dumps(document(facts), indent=2, ensure_ascii=False))
+    else:
+        print("\n".join(page(facts, time.perf_counter() - started)))
+    return 1 if problems(facts) else 0
+
+
+def launch(arguments: Namespace) -> int:
+    """Start a command on many processes; its exit code."""
+    from megatron_plasticity.errors import UserError
+    from megatron_plasticity.launch.job import LaunchedJob
+    from megatron_plasticity.launch.machines import Machines
+    from megatron_plasticity.launch.slurm import SlurmRequest, parse_options
+    from megatron_plasticity.launch.start import Options, launch, launch_on_slurm
+
+    ways = {
+        "--hostfile": ("include", "exclude", "master_addr", "env"),
+        "--slurm": ("nodes", "gpus_per_node", "time", "partition", "account", "sbatch"),
+    }
+    chosen = "--hostfile" if arguments.hostfile is not None else "--slurm" if arguments.slurm else "--local"
+    stray = [(name, way) for way, names in ways.items() if way != chosen for name in names if getattr(arguments, name)]
+    if chosen == "--slurm" and arguments.master_port:
+        stray.append(("master_port", "--hostfile or --local"))
+    if stray:
+        raise UserError("\n".join(f"--{name.replace('_', '-')} goes with {way}, not with {chosen}" for name, way in stray))
+    options = Options(arguments.logs, tuple(arguments.env), not arguments.skip_preflight, arguments.dry_run)
+    if chosen == "--slurm":
+        for name in ("nodes", "gpus_per_node"):
+            if (number := getattr(arguments, name)) is not None and number < 1:
+                raise UserError(f"--{name.replace('_', '-')} {number}: expected at least 1")
+        if arguments.gpus_per_node is None:
+            raise UserError("--slurm needs --gpus-per-node; `megatron-plasticity plan` says how many GPUs a run wants")
+        job = LaunchedJob.load(arguments.verb, arguments.config, arguments.overrides)
+        named = [(name, getattr(arguments, name)) for name in ("time", "partition", "account") if getattr(arguments, name)]
+        extra = (*named, *parse_options(arguments.sbatch))
+        request = SlurmRequest(arguments.nodes or 1, arguments.gpus_per_node, job.config.device != "cpu", extra)
+        return launch_on_slurm(job, request, options)
+    port: int | None = arguments.master_port
+    if arguments.hostfile is not None:
+        machines = Machines.of_hostfile(arguments.hostfile, arguments.include, arguments.exclude, arguments.master_addr, port)
+    else:
+        machines = Machines.local(arguments.local, port)
+    return launch(LaunchedJob.load(arguments.verb, arguments.config, arguments.overrides), machines, options)
 
 
 def import_hf(arguments: Namespace) -> None:
@@ -397,46 +457,13 @@ def analyze_features(arguments: Namespace) -> None:
 
 
 def study_plan(arguments: Namespace) -> None:
-    """Print the runs of a study."""
+    """Print the runs of a study, what they need, and what of them is done."""
     from megatron_plasticity.config.study import StudyConfig
-    from megatron_plasticity.models.sizes import parameter_count
-    from megatron_plasticity.study.check import check_study, task_problems
-    from megatron_plasticity.study.recipes import study_folder, variants
+    from megatron_plasticity.launch.plan import Machine
+    from megatron_plasticity.study.plan_page import study_page
 
-    config = _study_config(arguments, StudyConfig)
-    bases = check_study(config, tasks_needed=False)
-    print(f"study {config.name} → {study_folder(config)}")
-    if config.bases:
-        width = max(len(base.name) for base in config.bases)
-        print(f"{'base model':{width}} {'λ':>6} {'tokens':>16}  imported from")
-        for base in config.bases:
-            tokens = "?" if base.tokens is None else f"{base.tokens:,}"
-            print(f"{base.name:{width}} {base.weight_decay:>6.4g} {tokens:>16}  {base.source}")
-    else:
-        print(f"{'base model':24} {'parameters':>14} {'tokens':>16} {'λ':>10} {'timescale':>10}")
-    for base in bases:
-        timescale = base.adamw_timescale
-        shown = "∞" if timescale is None else f"{timescale:.3g}"
-        tokens = base.total_steps * base.tokens_per_step
-        print(f"{base.name:24} {parameter_count(base.model).total:>14,} {tokens:>16,} {base.weight_decay:>10.4g} {shown:>10}")
-    analyses = [name for name, recipe in config.analyses if recipe is not None]
-    tasks = [task.name for task in config.tasks]
-    print(f"each fine-tuned and evaluated on {len(tasks)} tasks: {', '.join(tasks) or 'none'}")
-    ways, steps = len(variants(config)), len(config.finetune_steps)
-    if config.finetune_axes:
-        print(f"in {ways} ways:")
-        for path, values in config.finetune_axes.items():
-            print(f"  {path}: {', '.join(map(str, values))}")
-    if steps:
-        print(f"from the last checkpoint and from those of steps {', '.join(map(str, sorted(config.finetune_steps)))}")
-    print(f"each analysed for: {', '.join(analyses) or 'nothing'}")
-    finetunes = len(tasks) * ways * (1 + steps)
-    per_base = 1 + len(analyses) + (1 + steps + 2 * finetunes if tasks else 0)
-    count = len(config.bases) or len(bases)
-    print(f"{finetunes * count} fine-tunings")
-    print(f"{count} base models, {per_base * count} runs in all")
-    for problem in task_problems(config):
-        print(f"before it can run: {problem}")
+    machine = Machine(getattr(arguments, "memory", Machine.gibibytes), getattr(arguments, "mfu", Machine.mfu))
+    print(study_page(_study_config(arguments, StudyConfig), machine), end="")
 
 
 def study_run(arguments: Namespace) -> int:
@@ -449,7 +476,34 @@ def study_run(arguments: Namespace) -> int:
     config = _study_config(arguments, StudyConfig)
     from megatron_plasticity.study.runner import run_study
 
-    outcome = run_study(config)
+    return _tell_outcome(run_study(config))
+
+
+def study_retry(arguments: Namespace) -> int:
+    """Run those of a study's runs again that failed, or those that are named, and what needs them; 1 if some failed again."""
+    from megatron_plasticity.study.again import cells_to_retry, config_of
+
+    config = config_of(arguments.folder)
+    cells = cells_to_retry(arguments.folder, arguments.cells)
+    if not cells:
+        print("no run of this study has failed")
+        return 0
+    from megatron_plasticity.study.runner import run_study
+
+    return _tell_outcome(run_study(config, only=cells))
+
+
+def study_cancel(arguments: Namespace) -> None:
+    """Take a study's jobs out of Slurm's queue."""
+    from megatron_plasticity.study.again import cancel
+
+    cancelled = cancel(arguments.folder)
+    for element in cancelled:
+        print(f"cancelled: job {element}")
+    print(f"{len(cancelled)} jobs were in the queue; what ran has saved, and `megatron-plasticity study run` goes on from there")
+
+
+def _tell_outcome(outcome: StudyOutcome) -> int:
     for cell, reason in outcome.failed.items():
         print(f"failed: {cell}: {reason}", file=sys.stderr)
     if outcome.not_started:
@@ -460,15 +514,15 @@ def study_run(arguments: Namespace) -> int:
 
 
 def study_status(arguments: Namespace) -> None:
-    """Print the state of each run of a study."""
-    from megatron_plasticity.study.results import collect
+    """Print how far a study is, once or again and again."""
+    from megatron_plasticity.study.status import read_status, show, watch
 
-    results = collect(arguments.folder)
-    width = max(len(cell.id) for cell in results.cells)
-    for cell in results.cells:
-        print(f"{cell.id:{width}}  {cell.status:11} {cell.reason or ''}".rstrip())
-    done = sum(cell.status == "done" for cell in results.cells)
-    print(f"{done} of {len(results.cells)} runs done")
+    if arguments.watch:
+        watch(arguments.folder, arguments.all, arguments.seconds)
+    elif arguments.json:
+        print(json.dumps(read_status(arguments.folder).to_json(), indent=2))
+    else:
+        show(read_status(arguments.folder), arguments.all)
 
 
 def study_report(arguments: Namespace) -> None:
@@ -482,8 +536,20 @@ def study_report(arguments: Namespace) -> None:
         print(line)
 
 
+def study_compare(arguments: Namespace) -> None:
+    """Compare the groups of several studies, print where the page is, and whether the best λ moves from one to another."""
+    from megatron_plasticity.study.report.comparison import write_comparison
+    from megatron_plasticity.study.report.comparison.tables import terminal_lines
+
+    page = write_comparison(arguments.folders, arguments.output, arguments.any_finetuning).resolve()
+    print(f"comparison: {page}")
+    for line in terminal_lines(json.loads(page.with_name("comparison.json").read_text(encoding="utf-8"))):
+        print(line)
+
+
 def mlflow_sync(arguments: Namespace) -> None:
     """Bring MLflow up to date with a run folder or a study folder."""
+    from megatron_plasticity.tracking.mlflow_background import sync_patiently
     from megatron_plasticity.tracking.mlflow_mirror import MlflowMirror
     from megatron_plasticity.tracking.mlflow_store import without_credentials
 
@@ -491,14 +557,20 @@ def mlflow_sync(arguments: Namespace) -> None:
     # A study mirrors into its own folder, a single run into its output folder: as `study run` and `pretrain` do.
     root = folder if (folder / "study.json").is_file() else folder.parent
     mirror = MlflowMirror(root, experiment=root.name)
-    mirror.sync(folder)
+    sync_patiently(mirror, folder)
     print(f"{folder} is in MLflow at {without_credentials(mirror.uri)}")
 
 
 def _study_config(arguments: Namespace, cls: Any) -> Any:
+    """The study of the command line; --hostfile and --slurm stand for settings of `resources`."""
     from megatron_plasticity.config.load import load_config
 
-    return load_config(cls, arguments.config, arguments.overrides)
+    overrides = list(arguments.overrides)
+    if arguments.hostfile is not None:
+        overrides += ["resources.backend=hostfile", f"resources.hostfile={arguments.hostfile}"]
+    if arguments.slurm:
+        overrides += ["resources.backend=slurm", "resources.hostfile=null"]
+    return load_config(cls, arguments.config, overrides)
 
 
 def _run_job(kind: str, cls: type[Section], arguments: Namespace) -> RunFolder | None:

@@ -9,9 +9,11 @@ from __future__ import annotations
 import socket
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.context import BaseContext
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -23,31 +25,43 @@ def run_on_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, log:
 
     `function` must be importable (at module level); its arguments and results travel between processes.
     """
-    context = worker_context(["megatron_plasticity.training.pretrain", "megatron_plasticity.training.finetune"], cuda=False)
-    port = _free_port()
-    processes, readers = [], []
-    for rank in range(ranks):
-        reader, writer = context.Pipe()
-        environment = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-            "WORLD_SIZE": str(ranks),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        processes.append(
-            start_worker(
-                context, _report, (writer, function, arguments), name=f"rank-{rank}", log=log, threads=1, environment=environment
-            )
-        )
+    context = _context()
+    pipes = [context.Pipe() for _ in range(ranks)]
+    processes = _start(ranks, _report, [(writer, function, arguments) for _, writer in pipes], log)
+    readers = [reader for reader, _ in pipes]
+    for _, writer in pipes:
         writer.close()
-        readers.append(reader)
     try:
         return _gather(readers, time.monotonic() + seconds, log)
     finally:
         for process in processes:
             process.kill()
             process.join()
+
+
+def start_ranks(ranks: int, function: Callable[..., Any], *arguments: Any, log: Path) -> list[BaseProcess]:
+    """`function(*arguments)` on every rank; the processes, for tests that kill some of them."""
+    return _start(ranks, function, [arguments] * ranks, log)
+
+
+def _context() -> BaseContext:
+    return worker_context(["megatron_plasticity.training.pretrain", "megatron_plasticity.training.finetune"], cuda=False)
+
+
+def _start(ranks: int, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], log: Path) -> list[BaseProcess]:
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    return [
+        start_worker(
+            _context(),
+            function,
+            arguments[rank],
+            name=f"rank-{rank}",
+            log=log,
+            threads=1,
+            environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(ranks)
+    ]
 
 
 def _report(writer: Connection, function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

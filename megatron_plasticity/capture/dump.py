@@ -7,20 +7,13 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor
 
-from megatron_plasticity.capture.points import LOGIT_IDS, LOGIT_VALUES, match_points
+from megatron_plasticity.capture.points import LOGIT_IDS, LOGIT_VALUES
+from megatron_plasticity.capture.recipe import check_recipe
 from megatron_plasticity.capture.recorder import Recorder
-from megatron_plasticity.capture.statistics import StreamingStatistics, check_memory, kept_states
+from megatron_plasticity.capture.statistics import StreamingStatistics, kept_states
 from megatron_plasticity.capture.writer import ActivationWriter
 from megatron_plasticity.config.analysis import ActivationsRecipe
-from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.models.transformer import Transformer
-
-
-def check_recipe(recipe: ActivationsRecipe, model: ModelConfig) -> None:
-    """Raise UserError for a hook point that does not exist, or covariances that do not fit into the memory bound."""
-    points = match_points(model, recipe.points)
-    if recipe.keep != "states" and recipe.covariance:
-        check_memory(points, model, memory_bytes(recipe))
 
 
 def recorder_of(recipe: ActivationsRecipe, model: Transformer) -> Recorder:
@@ -29,10 +22,6 @@ def recorder_of(recipe: ActivationsRecipe, model: Transformer) -> Recorder:
     # Statistics are of what the model computed, not of its rounding to the format on disk.
     dtype = _dtype(recipe) if recipe.keep == "states" else torch.float32
     return Recorder(model, recipe.points, "last" if recipe.positions == "last" else "all", dtype, recipe.top_k)
-
-
-def memory_bytes(recipe: ActivationsRecipe) -> int:
-    return recipe.memory_mib << 20
 
 
 def write_dump(

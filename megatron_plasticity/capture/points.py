@@ -12,11 +12,14 @@ import difflib
 import fnmatch
 import re
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.models.partition import Sharding
-from megatron_plasticity.parallel.tensor import SEQUENCE_AXIS, TensorRanks
+
+if TYPE_CHECKING:
+    from megatron_plasticity.parallel.tensor import TensorRanks
 
 # In the order in which the forward pass reaches them.
 IN_LAYER = (
@@ -67,6 +70,8 @@ def match_points(config: ModelConfig, globs: Iterable[str]) -> list[str]:
 def point_sharding(point: str, config: ModelConfig, ranks: TensorRanks) -> Sharding:
     """How the activations at a hook point are cut over tensor-parallel ranks: by heads, by MLP columns, by vocabulary; and with
     sequence parallelism the residual stream by positions."""
+    from megatron_plasticity.parallel.tensor import SEQUENCE_AXIS  # torch, which names of hook points do not need
+
     parts, axis = ranks.size, -1
     if point.endswith((".attn.q", ".attn.k", ".attn.v")):
         parts, axis = (ranks.size if point.endswith("q") else min(ranks.size, config.kv_heads)), 1

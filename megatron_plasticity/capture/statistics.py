@@ -11,15 +11,13 @@ the digits that mean and square have in common. Everything is in fp64.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from megatron_plasticity.capture.points import LOGITS, sequence_axis, state_shape
-from megatron_plasticity.config.model import ModelConfig
-from megatron_plasticity.errors import UserError
+from megatron_plasticity.capture.points import sequence_axis
 
 
 @dataclass(frozen=True)
@@ -124,19 +122,3 @@ def kept_states(point: str, activations: Tensor, kept: Tensor) -> Tensor:
     shape = 3 if sequence_axis(point) == 1 else 4
     by_position = activations.movedim(sequence_axis(point), 1) if activations.dim() == shape else activations[:, None]
     return by_position[kept >= 0]
-
-
-def check_memory(points: Iterable[str], config: ModelConfig, memory_bytes: int) -> None:
-    """Raise UserError if the covariance matrices of these points, which are in memory all at once, exceed `memory_bytes`."""
-    sizes = {}
-    for point in points:
-        if point != LOGITS:
-            *heads, width = state_shape(point, config)
-            sizes[point] = 8 * (heads[0] if heads else 1) * width**2
-    if sum(sizes.values()) > memory_bytes:
-        largest = max(sizes, key=sizes.__getitem__)
-        raise UserError(
-            f"the covariance matrices of {len(sizes)} hook points take {sum(sizes.values()) / 2**20:,.0f} MiB (the largest is "
-            f"that of {largest!r}), and memory_mib is {memory_bytes // 2**20:,}; name fewer points, raise memory_mib, or set "
-            "covariance: false"
-        )

@@ -20,6 +20,9 @@ class ParallelConfig(Section):
     """Also split norms and residuals along the sequence over the tensor-parallel ranks, which saves activation memory."""
     layers_per_stage: tuple[PositiveInt, ...] | None = neutral(None)
     """Layers of each stage, first to last. Left out, parameters are balanced, embedding and head included."""
+    timeout_minutes: float = neutral(30.0, gt=0)
+    """A run whose processes get on with nothing for so long has hung: it ends, with the place where each process is. Longer than
+    any step, evaluation pass or checkpoint takes."""
 
     @model_validator(mode="after")
     def _stages_agree(self) -> ParallelConfig:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import PositiveInt, field_validator, model_validator
+from pydantic import NonNegativeInt, PositiveInt, field_validator, model_validator
 
 from megatron_plasticity.config.analysis import AnalysesConfig
 from megatron_plasticity.config.base import Section, added_later, neutral
@@ -16,15 +16,97 @@ from megatron_plasticity.config.tasks import TaskConfig
 from megatron_plasticity.config.training import FinetuneRecipe
 
 
-class ResourcesConfig(Section):
-    """How the study uses this machine."""
+class SlurmConfig(Section):
+    """What Slurm is asked for. Nothing here can change a result."""
 
+    partition: str | None = neutral(None)
+    """`--partition`; left out, Slurm takes its default."""
+    account: str | None = neutral(None)
+    """`--account`."""
+    time: str = neutral("24:00:00", pattern=r"^(\d+-)?\d+(:\d\d){0,2}$")
+    """`--time` of one job. A run that needs longer saves before the limit, is requeued, and goes on."""
+    gpus_per_node: PositiveInt | None = neutral(None)
+    """GPUs of a node, and ranks of a run on it (`--gpus-per-node`); needed where runs use GPUs."""
+    cpus_per_process: PositiveInt = neutral(4)
+    """CPU cores of each rank (`--cpus-per-task`)."""
+    memory: str | None = neutral(None, pattern=r"^\d+[KMGT]?$")
+    """Memory of a node (`--mem`), such as `200G`; left out, Slurm takes its default."""
+    seconds_before_limit: PositiveInt = neutral(300)
+    """So long before the limit a run is told to save (`--signal`): long enough for a step and a checkpoint."""
+    options: tuple[str, ...] = neutral(())
+    """Further options of `sbatch`, such as `--qos=long`; each begins with `--`."""
+    setup: tuple[str, ...] = neutral(())
+    """Lines of shell before a run starts, such as `module load cuda`."""
+
+    @field_validator("options")
+    @classmethod
+    def _options_are_options(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for option in value:
+            if not option.startswith("--") or "\n" in option:
+                raise ValueError(f"{option!r} is no option of sbatch, which begins with `--` and is one line")
+            if option.split("=")[0] in SLURM_OWN_OPTIONS:
+                raise ValueError(
+                    f"{option.split('=')[0]} is stated by the runner itself or by a setting of `resources`; leave it out"
+                )
+        return value
+
+
+SLURM_OWN_OPTIONS = (
+    "--array",
+    "--job-name",
+    "--output",
+    "--error",
+    "--open-mode",
+    "--requeue",
+    "--no-requeue",
+    "--signal",
+    "--nodes",
+    "--ntasks-per-node",
+    "--cpus-per-task",
+    "--gpus-per-node",
+    "--time",
+    "--partition",
+    "--account",
+    "--mem",
+)
+"""Options of sbatch that are decided here, so that two statements of one thing cannot differ."""
+
+
+class ResourcesConfig(Section):
+    """Where and how the study's runs are carried out. Nothing here can change a result beyond what `threads` says."""
+
+    backend: Literal["local", "hostfile", "slurm"] = neutral("local")
+    """`local`: this machine. `hostfile`: the machines that `hostfile` lists, over ssh. `slurm`: array jobs."""
+    hostfile: Path | None = neutral(None)
+    """For `hostfile`: a file with lines such as `node1 slots=8`, one for each machine with the number of its GPUs."""
+    slurm: SlurmConfig = neutral(SlurmConfig())
+    """For `slurm`: what to ask it for."""
     slots: PositiveInt | None = neutral(None)
-    """Runs side by side. Default: one per GPU, or one per core without a GPU."""
+    """Runs side by side. Default: `local` one per GPU, or one per core without a GPU; `hostfile` as many as the machines hold;
+    `slurm` as many as it lets run."""
     threads: PositiveInt = neutral(1)
     """CPU threads of each run. Results are bit-equal for equal thread counts only: sums are split over threads."""
     processes_per_run: PositiveInt = neutral(1)
-    """Ranks of each training run and each evaluation; more than one goes through the deepspeed launcher."""
+    """Ranks of each training run and each evaluation; more than one goes through the deepspeed launcher, or Slurm's srun."""
+    retries: NonNegativeInt = neutral(2)
+    """Further attempts of a run that was killed, lost its machine, ran out of memory or lost a connection. A run that got further
+    than a checkpoint since its last failure has all of them again; an error in a config is never tried again."""
+    retry_seconds: float = neutral(30.0, gt=0)
+    """Pause before the first further attempt; it doubles with each, up to an hour."""
+    silent_minutes: float | None = neutral(60.0, gt=0)
+    """A run that gives no sign of life for so long counts as hung: it is ended and tried again. Null waits for ever."""
+
+    @model_validator(mode="after")
+    def _backend_has_what_it_needs(self) -> ResourcesConfig:
+        if (self.backend == "hostfile") != (self.hostfile is not None):
+            raise ValueError('`hostfile` must be given with backend "hostfile", and only with it')
+        gpus = self.slurm.gpus_per_node
+        if self.backend == "slurm" and gpus and self.processes_per_run > gpus and self.processes_per_run % gpus:
+            raise ValueError(
+                f"processes_per_run={self.processes_per_run} fills no whole number of nodes of slurm.gpus_per_node={gpus}; "
+                f"take at most {gpus}, or a multiple of it"
+            )
+        return self
 
 
 class StudyConfig(Section):
@@ -57,7 +139,7 @@ class StudyConfig(Section):
     analyses: AnalysesConfig = AnalysesConfig()
     """What to look at inside each base model."""
     resources: ResourcesConfig = ResourcesConfig()
-    """Slots and threads."""
+    """Where and how the runs are carried out."""
     mlflow: bool = neutral(True)
     """Mirror every run to MLflow (`MLFLOW_TRACKING_URI`, else `mlflow.db` in the study's folder)."""
 

@@ -138,6 +138,9 @@ class EngineConfig(Section):
     """`bf16` keeps fp32 master weights and accumulates gradients in fp32."""
     activation_checkpointing: bool = neutral(False)
     """Recompute each block in the backward pass instead of keeping its activations."""
+    non_finite: Literal["stop", "skip"] = neutral("stop")
+    """What becomes of a step whose gradient is not finite, on any process: the run stops, or the step is left out, with its
+    learning-rate step and its decay, and counted in the results. Either way no weight has changed, and its samples are named."""
     deepspeed: dict[str, Any] = {}
     """Raw DeepSpeed settings to add; one that our own fields decide is an error."""
 
@@ -156,6 +159,12 @@ class LoggingConfig(Section):
     """Steps between rows of training metrics."""
     norms_every_steps: NonNegativeInt = neutral(50)
     """Steps between weight and update norms per parameter class (full fp32 tensors are gathered for them); 0 turns them off."""
+    spike_deviations: float = neutral(6.0, ge=0)
+    """A logged loss that lies so many standard deviations above the losses before it, and at least 0.1 nats, is reported as a
+    spike; 0 turns this off."""
+    system_every_seconds: float = neutral(10.0, ge=0)
+    """Seconds between rows of system metrics in `system.jsonl`: CPU, memory, disk, network and GPUs of each host; 0 turns them
+    off."""
     mlflow: bool = neutral(True)
     """Mirror metrics to MLflow (`MLFLOW_TRACKING_URI`, else `mlflow.db` in the output folder)."""
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from megatron_plasticity.data.token_store import TokenStore
 from megatron_plasticity.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class BlockReader:
@@ -54,5 +56,7 @@ class BlockReader:
 
     def batch(self, blocks: Iterable[int] | np.ndarray) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the given blocks, in their order: two int64 tensors [B, S]; targets are inputs shifted by one."""
+        import torch  # here, since a study is planned without it
+
         tokens = torch.from_numpy(self.tokens(np.fromiter(blocks, dtype=np.int64)))
         return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

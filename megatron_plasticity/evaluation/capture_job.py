@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_plasticity.capture.dump import check_recipe, memory_bytes, recorder_of, write_dump
+from megatron_plasticity.capture.dump import recorder_of, write_dump
 from megatron_plasticity.capture.manifest import ACTIVATIONS_FOLDER, model_identity
+from megatron_plasticity.capture.recipe import check_recipe, memory_bytes
 from megatron_plasticity.capture.sequences import CapturedSequences
 from megatron_plasticity.capture.store import ActivationStore
 from megatron_plasticity.capture.writer import ActivationWriter

@@ -36,7 +36,7 @@ def evaluate(config: EvaluateConfig, progress: Progress) -> RunFolder:
                 return _generator(config, trained, grid, show)
 
             kept = KeptResponses(folder.path)
-            with explain_disk_errors(folder.path):
+            with explain_disk_errors(folder.path), grid.liveness.explained():
                 results, samples = evaluate_model(generator, tokenizer, context_length, config, config.tasks, grid, show, kept)
                 if grid.is_main:
                     write_samples(folder.path / SAMPLES_FILE, samples)

@@ -1,7 +1,7 @@
 """Plans a pretraining run before any GPU is touched: which layouts fit, what each costs, and which one to take.
 
-Layouts are ranked by a simple order, not by a model of time (see `Layout.rank`). What is assumed about the machine is stated on
-the page.
+Layouts that fit are ranked by the step time that `launch/cost.py` predicts; where an MFU is assumed instead, by a simple order
+(see `Layout.rank`). What is assumed about the machine is stated on the page.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from megatron_plasticity.config.parallel import ParallelConfig
 from megatron_plasticity.config.support import SUPPORT, unsupported
 from megatron_plasticity.config.training import PretrainConfig
 from megatron_plasticity.errors import ConfigError, UserError
+from megatron_plasticity.launch.cost import StepTime, step_time
+from megatron_plasticity.launch.hardware import Hardware, assumptions
 from megatron_plasticity.launch.memory import StageMemory, largest_stage, memory, stage_parameter_count
 from megatron_plasticity.models.partition import stage_layers
 from megatron_plasticity.models.sizes import flops_per_token, parameter_count
@@ -30,10 +32,10 @@ SHOWN = 5
 
 _FIXED_RESERVE = 2  # GiB for the CUDA context, kernels' workspaces and NCCL: an assumption
 _FRAGMENTATION = 0.05  # share of the memory that the allocator cannot use: an assumption
-_NODE = 8  # tensor-parallel ranks talk in every layer: they stay on the fast links of one machine
+_NODE = 8  # tensor-parallel ranks talk in every layer: they stay on the fast links of one machine, which has so many GPUs
 _BUBBLE_CLASS = 0.05  # pipelines whose idle shares fall into the same 5 % count as equal
 # NVIDIA H100 and H200 SXM data sheets, without sparsity: bf16 on tensor cores; fp32 outside of them.
-_PEAK_FLOPS = {"bf16": 989e12, "fp32": 67e12}
+PEAK_FLOPS = {"bf16": 989e12, "fp32": 67e12}
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,10 @@ class Machine:
     gibibytes: float = 80.0
     """Memory of one GPU."""
     mfu: float = 0.40
-    """Assumed model FLOPs utilisation (PaLM, 2204.02311) of a layout without bubble and without recomputation."""
+    """Assumed model FLOPs utilisation (PaLM, 2204.02311) of a layout without bubble and without recomputation, where no hardware
+    is given."""
+    hardware: Hardware | None = None
+    """What step times are predicted for."""
 
     def __post_init__(self) -> None:
         if not (self.gibibytes > self.reserve and math.isfinite(self.gibibytes)):
@@ -61,6 +66,16 @@ class Machine:
     @property
     def usable(self) -> float:
         return self.gibibytes - self.reserve
+
+    @property
+    def gpus_per_node(self) -> int:
+        return self.hardware.links.gpus_per_node if self.hardware else _NODE
+
+    def peak(self, precision: str) -> float:
+        """FLOP/s of one GPU on its data sheet."""
+        if self.hardware is None:
+            return PEAK_FLOPS[precision]
+        return self.hardware.device.bf16 if precision == "bf16" else self.hardware.device.fp32
 
 
 @dataclass(frozen=True)
@@ -108,9 +123,20 @@ class Layout:
         """GPU-time relative to a layout without bubble and recomputation: a forward pass is a third of forward and backward."""
         return (4 / 3 if self.config.engine.activation_checkpointing else 1) / (1 - self.bubble)
 
+    def predicted(self, hardware: Hardware) -> StepTime:
+        """Seconds of a step by what they are spent on, predicted."""
+        return step_time(self.config.model, self.config, self.data, hardware)
+
+    def step_seconds(self, machine: Machine) -> float:
+        """Seconds of a step: predicted, or under the assumed MFU."""
+        if machine.hardware is not None:
+            return self.predicted(machine.hardware).total
+        flops = flops_per_token(self.config.model, self.config.model.context_length) * self.config.tokens_per_step
+        return flops * self.work / (machine.peak(self.config.engine.precision) * machine.mfu * self.gpus)
+
     @property
     def rank(self) -> tuple[Any, ...]:
-        """Better layouts have a smaller one. In this order: nothing is computed twice; weights are not gathered in every pass, as
+        """Better layouts have a smaller one, where times are not predicted. In this order: nothing is computed twice; weights are not gathered in every pass, as
         ZeRO 3 does (1.5 times the communication, 1910.02054, section 7); little bubble; little communication within layers;
         gradients reduced once per step (ZeRO 1) rather than per micro-batch; few stages; a large micro-batch. (Sequence
         parallelism goes with tensor parallelism wherever it can: it communicates as much, 2205.05198, section 4.2.2.)"""
@@ -172,10 +198,11 @@ class Layout:
         }
 
 
-def layouts(config: PretrainConfig, gpus: int) -> Iterator[Layout]:
-    """Every layout that is supported and divides the batch, whether it fits or not; micro-batches are powers of two."""
+def layouts(config: PretrainConfig, gpus: int, gpus_per_node: int = _NODE) -> Iterator[Layout]:
+    """Every layout that is supported and divides the batch, whether it fits or not; micro-batches are powers of two, and
+    tensor-parallel ranks share a node."""
     origin = Layout(config, gpus)
-    tensors, pipelines = _divisors(gpus, _NODE), _divisors(gpus, config.model.layers)
+    tensors, pipelines = _divisors(gpus, gpus_per_node), _divisors(gpus, config.model.layers)
     for tensor, pipeline in itertools.product(tensors, pipelines):
         if gpus % (tensor * pipeline):
             continue
@@ -199,8 +226,12 @@ def _divisors(number: int, largest: int) -> list[int]:
 
 def best_layouts(config: PretrainConfig, gpus: int, machine: Machine, count: int = SHOWN) -> list[Layout]:
     """The best `count` layouts that fit, best first; of those that differ in the micro-batch alone, the best."""
+
+    def order(layout: Layout) -> tuple[Any, ...]:
+        return layout.rank if machine.hardware is None else (layout.step_seconds(machine), layout.rank)
+
     best: dict[tuple[Any, ...], Layout] = {}
-    for layout in sorted(layouts(config, gpus), key=lambda layout: layout.rank):
+    for layout in sorted(layouts(config, gpus, machine.gpus_per_node), key=order):
         kind = (layout.parallel, layout.zero_stage, layout.config.engine.activation_checkpointing)
         if kind not in best and layout.gibibytes <= machine.usable:
             best[kind] = layout
@@ -216,10 +247,13 @@ def reasons(layout: Layout, machine: Machine) -> Iterator[str]:
         other = layout.variant(**changes)
         if other is None:
             return f"{setting} does not divide the batch or the model"
-        if other.gibibytes <= machine.usable:
+        if other.gibibytes > machine.usable:
+            return f"with {setting} a GPU would need {other.gibibytes:.1f} GiB"
+        if machine.hardware is None:
             return f"with {setting} something else would cost more"
-        return f"with {setting} a GPU would need {other.gibibytes:.1f} GiB"
+        return f"with {setting} a step would take {seconds_text(other.step_seconds(machine))}"
 
+    yield from _time_reasons(layout, machine)
     parallel, engine, micro = layout.parallel, layout.config.engine, layout.config.batch.micro_batch_size
     if engine.activation_checkpointing:
         without = otherwise("no recomputation", activation_checkpointing=False)
@@ -251,8 +285,20 @@ def reasons(layout: Layout, machine: Machine) -> Iterator[str]:
         yield f"micro-batch {micro}: the largest that divides the batch"
     elif larger.gibibytes > machine.usable:
         yield f"micro-batch {micro}: twice as many sequences would need {larger.gibibytes:.1f} GiB"
+    elif machine.hardware is not None:
+        yield f"micro-batch {micro}: {otherwise('twice as many sequences', micro_batch_size=2 * micro)}"
     else:
         yield f"micro-batch {micro}: twice as many sequences would mean {larger.bubble:.1%} of bubble"
+
+
+def _time_reasons(layout: Layout, machine: Machine) -> Iterator[str]:
+    """What a step is spent on, the largest parts first."""
+    if machine.hardware is None:
+        return
+    time = layout.predicted(machine.hardware)
+    parts = sorted(((seconds / time.total, name) for name, seconds in time.parts.items()), reverse=True)
+    spent = ", ".join(f"{share:.0%} {name}" for share, name in parts if share >= 0.005)
+    yield f"the shortest step of all layouts that fit, {seconds_text(time.total)}: {spent}"
 
 
 def _next_smaller(layout: Layout, setting: str) -> int:
@@ -262,6 +308,15 @@ def _next_smaller(layout: Layout, setting: str) -> int:
 
 
 # --- The page.
+
+
+def assumptions_page(hardware: Hardware) -> str:
+    """Every figure on which predicted times rest, with its source, as text."""
+    lines = ["Times are predicted from these figures; none of them was measured here. docs/planning.md says how they are used."]
+    for figure in assumptions(hardware):
+        lines.append(f"  {figure.part:5} {figure.name:22} {figure.value}")
+        lines += _wrapped(f"{figure.meaning}; source: {figure.source}", "        ", indent=0)
+    return "\n".join(lines) + "\n"
 
 
 def plan_page(config: PretrainConfig, gpus: Sequence[int], machine: Machine) -> str:
@@ -287,22 +342,36 @@ def _run(config: PretrainConfig, machine: Machine) -> Iterator[str]:
         f"  {config.total_steps:,} steps of {config.batch.global_batch_size:,} × {model.context_length:,} = "
         f"{config.tokens_per_step:,} tokens, {tokens:,} in all"
     )
-    hours, peak = _hours(_base_hours(config, machine)), _PEAK_FLOPS[config.engine.precision] / 1e12
-    yield f"  {_flops(config):.3g} FLOPs; {hours} GPU-hours, without bubble and recomputation, ASSUMING"
-    yield (
-        f"    an MFU of {machine.mfu:.0%} of {peak:g} TFLOP/s, the peak of an H100 or H200 in {config.engine.precision} "
-        "(--mfu changes it; not measured)"
-    )
+    yield from _assumed(config, machine)
     checkpoint = 12 * count.total
     saved = 1 if config.checkpoint.every_steps is None else -(-config.total_steps // config.checkpoint.every_steps)
-    times = f", {saved:,} of them {_decimal(saved * checkpoint)}" if saved > 1 else ""
-    yield f"  {_decimal(checkpoint)} on disk per checkpoint (fp32 weights and two moments){times}"
+    times = f", {saved:,} of them {decimal(saved * checkpoint)}" if saved > 1 else ""
+    yield f"  {decimal(checkpoint)} on disk per checkpoint (fp32 weights and two moments){times}"
     yield (
         f"  {machine.gibibytes:g} GiB per GPU, of which plans use {machine.usable:.1f}; "
         "the rest is for the CUDA context, workspaces, NCCL, fragmentation"
     )
-    yield "  Columns: wall-clock hours under that MFU; GiB on a GPU of the stage that needs most, at the moment of a step"
-    yield "    when it needs most, computed and not measured on a GPU (docs/memory.md)"
+    yield "  GiB are those of the stage that needs most, at the moment of a step when it needs most, computed and not measured on"
+    yield "    a GPU (docs/memory.md)"
+
+
+def _assumed(config: PretrainConfig, machine: Machine) -> Iterator[str]:
+    precision = config.engine.precision
+    peak = machine.peak(precision) / 1e12
+    if machine.hardware is None:
+        hours = hours_text(_flops(config) / (machine.peak(precision) * machine.mfu) / 3600)
+        yield f"  {_flops(config):.3g} FLOPs; {hours} GPU-hours, without bubble and recomputation, ASSUMING"
+        yield (
+            f"    an MFU of {machine.mfu:.0%} of {peak:g} TFLOP/s, the peak of an H100 or H200 in {precision} "
+            "(--mfu changes it; not measured)"
+        )
+        return
+    device, links = machine.hardware.device, machine.hardware.links
+    yield f"  {_flops(config):.3g} FLOPs. Times are PREDICTED by a model of {device.name.upper()} GPUs and not measured (docs/planning.md); MFU is"
+    yield (
+        f"    of {peak:g} TFLOP/s in {precision}; {links.gpus_per_node} GPUs per node, {links.network_gigabits:g} Gbit/s per GPU between nodes. "
+        "Every figure: --assumptions"
+    )
 
 
 def _for_gpus(config: PretrainConfig, gpus: int, machine: Machine) -> Iterator[str]:
@@ -321,9 +390,15 @@ def _for_gpus(config: PretrainConfig, gpus: int, machine: Machine) -> Iterator[s
     if configured is not None or found:
         yield _HEADER
     if configured is not None:
-        yield _row("config", configured, config, machine)
+        yield _row("config", configured, machine)
     for number, layout in enumerate(found, start=1):
-        yield _row(f"{number}", layout, config, machine)
+        yield _row(f"{number}", layout, machine)
+    if configured is not None or found:
+        yield _DETAILS
+    if configured is not None:
+        yield _parts("config", configured, machine)
+    for number, layout in enumerate(found, start=1):
+        yield _parts(f"{number}", layout, machine)
     if found:
         best = found[0]
         yield "  Take 1:"
@@ -335,20 +410,36 @@ def _for_gpus(config: PretrainConfig, gpus: int, machine: Machine) -> Iterator[s
         yield from _stages(shown)
 
 
-_HEADER = "  pipe×data×tensor  seq ZeRO micro ckpt accum bubble  hours | weights grads optim buffers activ. logits    GiB"
+_HEADER = "  pipe×data×tensor  seq ZeRO micro ckpt accum bubble  step s      tok/s   MFU  hours    GiB"
+_WIDTHS = (6, 9, 6, 8, 6, 9, 5)
+_DETAILS = "  step: matmul attention memory exchange bubble optimizer  host | weights grads optim buffers activ. logits"
 
 
-def _row(label: str, layout: Layout, config: PretrainConfig, machine: Machine) -> str:
-    parallel, peak = layout.parallel, largest_stage(layout.stages).peak
+def _row(label: str, layout: Layout, machine: Machine) -> str:
+    parallel, config = layout.parallel, layout.config
     size = f"{parallel.pipeline}×{layout.data}×{parallel.tensor}"
-    hours = _base_hours(config, machine) * layout.work / layout.gpus
-    parts = [part / GIB for part in (peak.weights, peak.gradients, peak.optimizer, peak.buffers, peak.activations, peak.loss)]
+    seconds = layout.step_seconds(machine)
+    tokens = config.tokens_per_step / seconds
+    mfu = tokens * flops_per_token(config.model, config.model.context_length)
+    mfu /= layout.gpus * machine.peak(config.engine.precision)
     return (
         f"{label:>6} {size:>11} {_yes(parallel.sequence):>4} {layout.zero_stage:>4} "
-        f"{layout.config.batch.micro_batch_size:>5} {_yes(layout.config.engine.activation_checkpointing):>4} "
-        f"{layout.accumulation:>5} {layout.bubble:>6.1%} {_hours(hours):>6} | {parts[0]:>7.1f} {parts[1]:>5.1f} {parts[2]:>5.1f} "
-        f"{parts[3]:>7.1f} {parts[4]:>6.1f} {parts[5]:>6.1f} {peak.total / GIB:>6.1f}"
+        f"{config.batch.micro_batch_size:>5} {_yes(config.engine.activation_checkpointing):>4} "
+        f"{layout.accumulation:>5} {layout.bubble:>6.1%} {seconds:>7.3g} {tokens:>10,.0f} {mfu:>5.1%} "
+        f"{hours_text(config.total_steps * seconds / 3600):>6} {layout.gibibytes:>6.1f}"
     )
+
+
+def _parts(label: str, layout: Layout, machine: Machine) -> str:
+    """What a step is spent on, and what the memory holds."""
+    peak = largest_stage(layout.stages).peak
+    held = [part / GIB for part in (peak.weights, peak.gradients, peak.optimizer, peak.buffers, peak.activations, peak.loss)]
+    spent = " " * 59
+    if machine.hardware is not None:
+        time = layout.predicted(machine.hardware)
+        shares = (f"{seconds / time.total:>{width}.1%}" for seconds, width in zip(time.parts.values(), _WIDTHS, strict=True))
+        spent = " ".join(shares)
+    return f"{label:>6} {spent} | {held[0]:>7.1f} {held[1]:>5.1f} {held[2]:>5.1f} {held[3]:>7.1f} {held[4]:>6.1f} {held[5]:>6.1f}"
 
 
 def _why_none(config: PretrainConfig, gpus: int, machine: Machine) -> str:
@@ -387,11 +478,13 @@ def _flops(config: PretrainConfig) -> float:
     return flops_per_token(config.model, config.model.context_length) * config.total_steps * config.tokens_per_step
 
 
-def _base_hours(config: PretrainConfig, machine: Machine) -> float:
-    return _flops(config) / (_PEAK_FLOPS[config.engine.precision] * machine.mfu) / 3600
+def seconds_text(seconds: float) -> str:
+    """Seconds in three digits."""
+    return f"{seconds:.3g} s" if seconds < 1000 else f"{seconds:,.0f} s"
 
 
-def _hours(hours: float) -> str:
+def hours_text(hours: float) -> str:
+    """Hours in as many digits as matter."""
     return f"{hours:,.0f}" if hours >= 10 else f"{hours:.1f}" if hours >= 0.1 else "< 0.1"
 
 
@@ -416,6 +509,6 @@ def _yes(value: bool) -> str:
     return "yes" if value else "no"
 
 
-def _decimal(size: float) -> str:
+def decimal(size: float) -> str:
     """Bytes in decimal units, as disks are sold."""
     return f"{size / 1e12:.1f} TB" if size >= 1e12 else f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_plasticity.errors import UserError
-from megatron_plasticity.training.signals import raise_interrupted_on_sigterm
+from megatron_plasticity.training.signals import raise_interrupted_on_signals
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -66,7 +66,7 @@ def _work(target: Callable[..., Any], arguments: tuple[Any, ...], log: str, thre
     for variable in _LAUNCHER_VARIABLES:  # a study that itself runs under a launcher: its workers are processes of their own
         os.environ.pop(variable, None)
     os.environ.update(environment, OMP_NUM_THREADS=str(threads))
-    raise_interrupted_on_sigterm()
+    raise_interrupted_on_signals()
     _end_with_parent()
     import torch
 

@@ -139,25 +139,16 @@ def open_checkpoint(path: Path, verify: bool = True) -> CheckpointFolder:
     return CheckpointFolder(path, model, _read_json(path / TRAINER_FILE))
 
 
-def latest_checkpoint(run: Path, verify: bool = True) -> CheckpointFolder | None:
-    """The intact checkpoint of a run folder with the highest step; damaged ones are passed over. None if there is none."""
+def latest_checkpoint(run: Path, verify: bool = True, damaged: list[str] | None = None) -> CheckpointFolder | None:
+    """The intact checkpoint of a run folder with the highest step; None if there is none. Damaged ones are passed over, and why
+    is added to `damaged`."""
     for path in sorted(_step_folders(run), key=_step_of, reverse=True):
         try:
             return open_checkpoint(path, verify)
-        except CheckpointError:
-            continue
-    return None
-
-
-def damaged_checkpoints(run: Path) -> list[str]:
-    """Why each checkpoint folder of a run that cannot be used cannot be used, latest first."""
-    reasons = []
-    for path in sorted(_step_folders(run), key=_step_of, reverse=True):
-        try:
-            open_checkpoint(path)
         except CheckpointError as error:
-            reasons.append(str(error))
-    return reasons
+            if damaged is not None:
+                damaged.append(str(error))
+    return None
 
 
 def _step_folders(run: Path) -> Iterator[Path]:

@@ -11,13 +11,14 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any
-
-from torch import nn
+from typing import TYPE_CHECKING, Any
 
 from megatron_plasticity.config.training import DecayConfig, OptimizerConfig
 from megatron_plasticity.errors import CheckpointError, ConfigError
 from megatron_plasticity.models.sizes import HEAD, TOKEN_EMBEDDING
+
+if TYPE_CHECKING:
+    from torch import nn
 
 
 @dataclass(frozen=True)

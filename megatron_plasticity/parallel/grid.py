@@ -22,6 +22,7 @@ from torch import Tensor
 
 from megatron_plasticity.config.parallel import ParallelConfig
 from megatron_plasticity.errors import UserError
+from megatron_plasticity.parallel.liveness import Liveness, Patience
 from megatron_plasticity.parallel.tensor import SINGLE, TensorRanks
 
 _SENT_TYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.int64)
@@ -39,6 +40,8 @@ class ProcessGrid:
     tensor: TensorRanks = SINGLE
     deepspeed: Any = field(default=None, repr=False, compare=False)
     """DeepSpeed's PipelineParallelGrid, which it calls `mpu`; None without model parallelism."""
+    liveness: Liveness = field(default_factory=Liveness, repr=False, compare=False)
+    """Whether the other processes still live; told where this one gets on."""
 
     @property
     def size(self) -> int:
@@ -168,14 +171,20 @@ def process_grid(device: torch.device, parallel: ParallelConfig | None = None) -
             dist_backend="gloo" if device.type == "cpu" else "nccl",
             auto_mpi_discovery=False,
             verbose=False,
-            timeout=timedelta(minutes=30),
+            # Longer than ours, so that ours, which says who hangs where, comes first.
+            timeout=timedelta(minutes=parallel.timeout_minutes + 2),
             **({} if _is_launched() else {"init_method": f"file://{Path(folder) / 'rendezvous'}", "rank": 0, "world_size": 1}),
         )
-        try:
-            yield _grid(device, parallel, data_size)
-        finally:
-            # Through DeepSpeed, which otherwise believes that it is still initialised when the next run of this process starts.
-            deepspeed.comm.destroy_process_group()
+        # Closed last: leaving a group of which a process is gone can hang.
+        rank, patience = torch.distributed.get_rank(), Patience(stall=60 * parallel.timeout_minutes)
+        with contextlib.closing(Liveness(rank, patience)) as liveness:
+            try:
+                _watch_over_one_another(liveness, device)
+                with liveness.member():
+                    yield _grid(device, parallel, data_size, liveness)
+            finally:
+                # Through DeepSpeed, which otherwise believes that it is initialised when the next run of this process starts.
+                deepspeed.comm.destroy_process_group()
 
 
 @contextlib.contextmanager
@@ -191,10 +200,20 @@ def _local_rank() -> Iterator[None]:
         os.environ.pop("LOCAL_RANK", None)
 
 
-def _grid(device: torch.device, parallel: ParallelConfig, data_size: int) -> ProcessGrid:
+def _watch_over_one_another(liveness: Liveness, device: torch.device) -> None:
+    """Connect the processes of the launch beside the process group. A collective."""
+    if torch.distributed.get_world_size() == 1:
+        return
+    where: list[Any] = [liveness.listen() if liveness.rank == 0 else None]
+    torch.distributed.broadcast_object_list(where, device=device)
+    if liveness.rank:
+        liveness.connect(os.environ["MASTER_ADDR"], *where[0])
+
+
+def _grid(device: torch.device, parallel: ParallelConfig, data_size: int, liveness: Liveness) -> ProcessGrid:
     rank = torch.distributed.get_rank()
     if parallel.model_parallel_size == 1:
-        return ProcessGrid(rank, data_size, device)
+        return ProcessGrid(rank, data_size, device, liveness=liveness)
     from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 
     topology = PipeModelDataParallelTopology(num_pp=parallel.pipeline, num_mp=parallel.tensor, num_dp=data_size)
@@ -202,4 +221,4 @@ def _grid(device: torch.device, parallel: ParallelConfig, data_size: int) -> Pro
         groups = PipelineParallelGrid(topology)
     position = topology.get_coord(rank)
     tensor = TensorRanks(position.model, parallel.tensor, groups.get_slice_parallel_group(), parallel.sequence)
-    return ProcessGrid(position.data, data_size, device, position.pipe, parallel, tensor, groups)
+    return ProcessGrid(position.data, data_size, device, position.pipe, parallel, tensor, groups, liveness)

@@ -17,6 +17,7 @@ from megatron_plasticity.data.probe_sets import probe_inputs
 from megatron_plasticity.errors import ConfigError, UserError, problems_of
 from megatron_plasticity.evaluation.tasks.catalogue import shipped_tasks
 from megatron_plasticity.evaluation.tasks.registry import get_task
+from megatron_plasticity.launch.hostfile import read_hostfile
 from megatron_plasticity.study.grid import (
     axes_in_the_way,
     base_name,
@@ -25,16 +26,20 @@ from megatron_plasticity.study.grid import (
     resolved_point,
     variant_name,
 )
-from megatron_plasticity.study.recipes import finetune_recipe, pretrain_config, variants
+from megatron_plasticity.study.memory import gibibytes_needed
+from megatron_plasticity.study.places import places_of
+from megatron_plasticity.study.recipes import finetune_recipe, pretrain_config, study_device, variants
 
 
-def check_study(config: StudyConfig, *, tasks_needed: bool = True) -> list[PretrainConfig]:
+def check_study(config: StudyConfig, *, tasks_needed: bool = True, gpu_gibibytes: float | None = None) -> list[PretrainConfig]:
     """The pretraining configs of the grid, in its order; none for a study of imported bases.
 
     Raises ConfigError with the problems of all of them. Without `tasks_needed`, shipped tasks need not be there yet: a study
-    can be planned before its tasks are prepared.
+    can be planned before its tasks are prepared. With `gpu_gibibytes`, the memory of a GPU in GiB that training may use, runs
+    that need more are problems.
     """
     problems = list(_problems_of_bases(config)) if config.bases else []
+    problems += problems_of([partial(check_resources, config)])
     if config.tasks and (config.finetune is None or config.evaluate is None):
         problems.append("tasks are named, so `finetune` and `evaluate` must be there as well")
     if len({task.name for task in config.tasks}) != len(config.tasks):
@@ -56,8 +61,43 @@ def check_study(config: StudyConfig, *, tasks_needed: bool = True) -> list[Pretr
     problems += problems_of(partial(_check_base, config, point, bases) for point in grid)
     if len(bases) == len(grid):
         problems += equal_points(grid, bases, "axes")
+    if gpu_gibibytes is not None:
+        problems += _problems_of_memory(config, bases, gpu_gibibytes)
     _refuse(config, problems)
     return _named(bases, grid)
+
+
+def check_resources(config: StudyConfig) -> None:
+    """Whether the machines that `resources` names have places for the study's runs. Raises UserError."""
+    resources = config.resources
+    if resources.hostfile is not None:
+        places = places_of(read_hostfile(resources.hostfile), resources.processes_per_run, resources.hostfile)
+        if resources.slots is not None and resources.slots > len(places):
+            raise UserError(
+                f"resources.slots={resources.slots}: {resources.hostfile} has {len(places)} places for runs of "
+                f"resources.processes_per_run={resources.processes_per_run}; lower one of the two"
+            )
+    if resources.backend == "slurm" and study_device(config) != "cpu" and resources.slurm.gpus_per_node is None:
+        raise UserError("resources.slurm.gpus_per_node: state how many GPUs a node has; a study without GPUs says `device: cpu`")
+
+
+def _problems_of_memory(config: StudyConfig, bases: Iterable[PretrainConfig], gibibytes: float) -> Iterator[str]:
+    """Of runs that do not fit their GPUs, by the formula of docs/memory.md. LoRA needs less than it says, and is left out."""
+    if study_device(config) == "cpu":
+        return
+    processes = config.resources.processes_per_run
+    for base in bases:
+        for what, recipe in (("base", base), *(("finetune", recipe) for recipe in _recipes(config) if recipe.lora is None)):
+            try:
+                needed = gibibytes_needed(recipe, base.model, processes)
+            except UserError:
+                continue  # the batch or the layout, named elsewhere
+            if needed > gibibytes:
+                yield (
+                    f"{what}: does not fit: on {processes} GPUs one needs {needed:.1f} GiB, and {gibibytes:.1f} can be used; "
+                    f"raise resources.processes_per_run, or change {what}.parallel, {what}.engine or "
+                    f"{what}.batch.micro_batch_size (`megatron-plasticity plan` proposes layouts)"
+                )
 
 
 def task_problems(config: StudyConfig) -> list[str]:
@@ -110,10 +150,10 @@ def _check_base(config: StudyConfig, point: Mapping[str, Any], bases: list[Pretr
 
 def _problems_of_engine(config: StudyConfig, recipe: TrainingRecipe) -> list[str]:
     """Of the layout, the batch, the raw DeepSpeed settings, and the checkpoint to start from."""
-    from megatron_plasticity.models.checkpoint import open_checkpoint
-
     problems = problems_of([partial(check_engine, recipe, config.resources.processes_per_run)])
     if (start := recipe.checkpoint.resume_from) is not None:
+        from megatron_plasticity.models.checkpoint import open_checkpoint
+
         opened = problems_of([partial(open_checkpoint, start, verify=False)])
         problems += [f"checkpoint.resume_from: {problem}" for problem in opened]
     return problems

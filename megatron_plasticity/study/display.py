@@ -8,10 +8,11 @@ from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.study.plan import PlannedCell, StudyPlan
+from megatron_plasticity.study.under_way import extrapolated, progress_text
 from megatron_plasticity.tracking.progress import format_duration
 from megatron_plasticity.tracking.run_folder import RunFolder, RunState
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     from rich.live import Live
 
 _SECONDS_BETWEEN_LINES = 20.0
+_SHOWN = 20
+"""Runs under way that are shown one by one."""
 
 
 class StudyDisplay:
@@ -63,6 +66,14 @@ class StudyDisplay:
     def failed(self, cell: PlannedCell, reason: str) -> None:
         self._say(f"{cell.id} FAILED: {reason}\n  log: {cell.folder / 'log'}")
 
+    def waiting(self, cell: PlannedCell, headline: str, pause: float) -> None:
+        """A run failed in a way that may pass."""
+        self._say(f"{cell.id} failed: {headline}\n  it is tried again in {format_duration(pause)}; log: {cell.folder / 'log'}")
+
+    def hung(self, cell: PlannedCell, minutes: float) -> None:
+        """A run is ended since it gives no sign of life."""
+        self._say(f"{cell.id} gave no sign of life for {minutes:g} minutes: it is ended; log: {cell.folder / 'log'}")
+
     def refresh(self, running: Sequence[PlannedCell], done: Collection[str], failed: Mapping[str, str]) -> None:
         states = [(cell, state) for cell in running if (state := _state(cell)) is not None]
         left = self._seconds_left(states, running, done, failed)
@@ -70,8 +81,9 @@ class StudyDisplay:
             self._live.update(self._view(states, left))
         elif time.monotonic() - self._last_line >= _SECONDS_BETWEEN_LINES:
             self._last_line = time.monotonic()
-            parts = [f"{cell.id} {_progress_text(state)}" for cell, state in states]
-            self._say(f"{self._done_count}/{self._total} runs{_left_text(left)}; now: {'; '.join(parts) or 'starting'}")
+            parts = [f"{cell.id} {progress_text(state)}" for cell, state in states[:_SHOWN]]
+            parts += [f"{len(states) - _SHOWN} more"] if len(states) > _SHOWN else []
+            self._say(f"{self._done_count}/{self._total} runs{_left_text(left)}; now: {'; '.join(parts) or 'nothing yet'}")
 
     def _view(self, states: Sequence[tuple[PlannedCell, RunState]], left: float | None) -> Group:
         from rich.console import Group
@@ -83,12 +95,14 @@ class StudyDisplay:
         table.add_row(
             "study", ProgressBar(total=1.0, completed=share, width=30), f"{self._done_count}/{self._total} runs{_left_text(left)}"
         )
-        for cell, state in states:
+        for cell, state in states[:_SHOWN]:
             progress = state.progress or {}
             bar = ProgressBar(
                 total=max(1e-9, float(progress.get("total", 1))), completed=float(progress.get("done", 0)), width=30
             )
-            table.add_row(f"  {cell.id}", bar, _progress_text(state))
+            table.add_row(f"  {cell.id}", bar, progress_text(state))
+        if len(states) > _SHOWN:
+            table.add_row(f"  and {len(states) - _SHOWN} more", "", "see `megatron-plasticity study status`")
         return Group(table)
 
     def _say(self, text: str) -> None:
@@ -113,7 +127,7 @@ class StudyDisplay:
         or can be guessed from a run that is under way."""
         if not running:
             return None
-        progress = {cell.id: _extrapolated(state) for cell, state in states}
+        progress = {cell.id: extrapolated(state) for cell, state in states}
         guesses = {kind: sum(seconds) / len(seconds) for kind, seconds in self._seconds_of_kind.items() if seconds}
         for cell, _ in states:
             total_left = progress[cell.id]
@@ -135,34 +149,11 @@ class StudyDisplay:
         return work / len(running)
 
 
-def _extrapolated(state: RunState) -> tuple[float, float] | None:
-    """(whole duration, time left) of a run under way, in seconds; None before it has shown progress in this attempt."""
-    progress: dict[str, Any] = state.progress or {}
-    if state.heartbeat is None or "first_time" not in progress:
-        return None
-    advanced, elapsed = progress["done"] - progress["first_done"], state.heartbeat - progress["first_time"]
-    if advanced <= 0 or elapsed <= 0:
-        return None
-    seconds_each = elapsed / advanced
-    return seconds_each * progress["total"], seconds_each * (progress["total"] - progress["done"])
-
-
 def _state(cell: PlannedCell) -> RunState | None:
     with suppress(UserError):
         if (cell.folder / "state.json").is_file():
             return RunFolder.open(cell.folder).state
     return None
-
-
-def _progress_text(state: RunState) -> str:
-    progress: dict[str, Any] = state.progress or {}
-    if not progress:
-        return "starting"
-    text = f"{float(progress['done']):,.0f}/{float(progress['total']):,.0f} {progress['unit']}"
-    if "tokens_per_second" in progress:
-        text += f", {float(progress['tokens_per_second']):,.0f} tokens/s"
-    estimate = _extrapolated(state)
-    return text + (f", {format_duration(estimate[1])} left" if estimate else "")
 
 
 def _left_text(seconds: float | None) -> str:

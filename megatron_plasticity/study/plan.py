@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from megatron_plasticity.config.analysis import (
     AnalysesConfig,
     AttentionConfig,
+    CaptureConfig,
     FeaturesConfig,
     OverfittingConfig,
     ProbesConfig,
@@ -29,10 +30,9 @@ from megatron_plasticity.data.probe_sets import probe_inputs
 from megatron_plasticity.errors import ConfigError
 from megatron_plasticity.evaluation.inputs import grading_inputs, reward_inputs
 from megatron_plasticity.evaluation.tasks.registry import get_task
-from megatron_plasticity.study.check import check_study
+from megatron_plasticity.study.check import check_study, task_problems
 from megatron_plasticity.study.grid import points, resolved_point, variant_name
 from megatron_plasticity.study.recipes import corpus_folder, finetune_recipe, import_configs, study_folder, variants
-from megatron_plasticity.training.activations import capture_inputs
 
 
 @dataclass(frozen=True)
@@ -55,6 +55,13 @@ class PlannedCell:
     """The values of `finetune_axes` of the fine-tuning that it is, or that it evaluates."""
     step: int | None = None
     """Pretraining step of the checkpoint that it descends from; None for the last."""
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    """Name → hash of what it reads; in the hash of its folder."""
+
+    @property
+    def name(self) -> str:
+        """Readable name, in the folder's name."""
+        return getattr(self.config, "name")  # noqa: B009  every kind of run has one, and Section has not
 
     def to_json(self) -> dict[str, Any]:
         """The cell's entry in `study.json`."""
@@ -88,15 +95,22 @@ class StudyPlan:
 
 
 def plan_study(
-    config: StudyConfig, corpus_hash: str | None = None, sources: Mapping[str, Mapping[str, str]] | None = None
+    config: StudyConfig,
+    corpus_hash: str | None = None,
+    sources: Mapping[str, Mapping[str, str]] | None = None,
+    *,
+    tasks_needed: bool = True,
+    bases: Sequence[PretrainConfig] | None = None,
 ) -> StudyPlan:
     """The graph of runs, parents before children.
 
     `corpus_hash` is the sha256 of the corpus manifest, which enters every hash. For a study of imported bases `sources` takes its
-    place: the hashes of what each import reads, by the name of the base. Raises ConfigError if any cell's config is not valid.
+    place: the hashes of what each import reads, by the name of the base. Where one of them is not known yet, or with
+    `tasks_needed` false a task is not prepared, the graph is right and the names of its folders are not. `bases` are what
+    `check_study` gives, if it was asked already. Raises ConfigError if any cell's config is not valid.
     """
-    bases = check_study(config)
-    tasks = _tasks_read(config)
+    bases = check_study(config, tasks_needed=tasks_needed) if bases is None else bases
+    tasks = _tasks_read(config, tasks_needed)
     roots = _imports(config, sources or {}) if config.bases else _pretrainings(config, bases, corpus_hash or "")
     read = _texts_read(config.analyses)
     cells: list[PlannedCell] = []
@@ -167,7 +181,9 @@ class _Tasks:
     """What all of them put into the hash of an evaluation that asks all."""
 
 
-def _tasks_read(config: StudyConfig) -> _Tasks:
+def _tasks_read(config: StudyConfig, tasks_needed: bool) -> _Tasks:
+    if not tasks_needed and task_problems(config):
+        return _Tasks(tuple(_TaskInputs(task, {}, {}) for task in config.tasks), {})
     recipe, rewards = config.evaluate, reward_inputs(config.evaluate) if config.evaluate else {}
 
     def of_evaluate(*tasks: TaskConfig) -> dict[str, str]:
@@ -181,14 +197,14 @@ def _tasks_read(config: StudyConfig) -> _Tasks:
     return _Tasks(tuple(each), of_evaluate(*config.tasks))
 
 
-def _pretrainings(config: StudyConfig, bases: list[PretrainConfig], corpus_hash: str) -> Iterator[_Root]:
+def _pretrainings(config: StudyConfig, bases: Sequence[PretrainConfig], corpus_hash: str) -> Iterator[_Root]:
     for base, point in zip(bases, points(config.axes), strict=True):
         common = {
             "point": resolved_point(point, base),
             "weight_decay": base.weight_decay,
             "adamw_timescale": base.adamw_timescale,
         }
-        inputs = {"corpus": corpus_hash, **capture_inputs(base.capture)}
+        inputs = {"corpus": corpus_hash, **_capture_inputs(base.capture)}
         yield _cell("pretrain", base.name, base, inputs, **common), {}
 
 
@@ -196,7 +212,11 @@ def _imports(config: StudyConfig, sources: Mapping[str, Mapping[str, str]]) -> I
     for base, imported in zip(config.bases, import_configs(config), strict=True):
         point = {"optimizer.weight_decay": base.weight_decay, **({"group": base.group} if base.group else {})}
         common = {"point": point, "weight_decay": base.weight_decay, "adamw_timescale": None}
-        yield _cell("import", base.name, imported, dict(sources[base.name]), **common), base.finetune
+        inputs = dict(sources.get(base.name) or {"not read yet": base.source})
+        yield (
+            _cell("import", base.name, imported, inputs, **common),
+            base.finetune,
+        )
 
 
 def _analyses(config: StudyConfig, root: PlannedCell, read: Mapping[str, Mapping[str, str]]) -> Iterator[PlannedCell]:
@@ -258,7 +278,7 @@ def _finetune_cell(
     variant = resolved_point(variant, recipe)
     name = "-".join(part for part in (base.name, task.config.name, variant_name(variant)) if part)
     finetune = FinetuneConfig(**tree, name=name, output=study_folder(config), base=base.folder, task=task.config)
-    inputs = {"base": base.identity, **task.of_finetune, **capture_inputs(recipe.capture)}
+    inputs = {"base": base.identity, **task.of_finetune, **_capture_inputs(recipe.capture)}
     return _child("finetune", finetune, inputs, base.root, task=task.config.name, variant=variant, step=base.step)
 
 
@@ -275,7 +295,15 @@ def _cell(kind: str, name: str, config: Any, inputs: dict[str, str], **what: Any
     if not folder.is_dir() and (known := sorted(config.output.glob(f"{kind}-*-{digest}"))):
         folder = known[0]
         config = config.model_copy(update={"name": folder.name.removeprefix(f"{kind}-").removesuffix(f"-{digest}")})
-    return PlannedCell(f"{kind}-{name}", kind, config, folder, **what)
+    return PlannedCell(f"{kind}-{name}", kind, config, folder, inputs=inputs, **what)
+
+
+def _capture_inputs(capture: CaptureConfig | None) -> dict[str, str]:
+    if capture is None or (capture.texts is None and capture.task is None):
+        return {}  # it reads what the run reads anyway
+    from megatron_plasticity.training.activations import capture_inputs  # torch, which planning needs for nothing else
+
+    return capture_inputs(capture)
 
 
 def _hash_of(cell: PlannedCell) -> str:

@@ -18,6 +18,11 @@ def study_folder(config: StudyConfig) -> Path:
     return config.output / config.name
 
 
+def study_device(config: StudyConfig) -> str:
+    """`auto`, `cpu` or `cuda`: where the study's models are trained."""
+    return config.finetune.device if config.bases and config.finetune else config.base.get("device", "auto")
+
+
 def corpus_folder(config: StudyConfig) -> Path | None:
     """Prepared corpus, if the study has one of its own."""
     return prepared_folder(config.corpus) if config.corpus else None

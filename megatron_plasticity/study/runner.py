@@ -1,45 +1,46 @@
-"""Carries out a study: starts what is ready on free slots, keeps what is done, lets one failure stop only what depends on it."""
+"""Carries out a study: starts what is ready on free places, keeps what is done, tries again what may yet succeed, and lets one
+failure stop only what depends on it.
+
+Where runs are carried out is a back end's business (`study/backends/`).
+"""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import subprocess
+import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
-from multiprocessing.connection import wait
-from multiprocessing.context import BaseContext
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from megatron_plasticity.config.files import write_json_atomic
 from megatron_plasticity.config.interchange import ImportConfig
-from megatron_plasticity.config.study import StudyConfig
+from megatron_plasticity.config.study import ResourcesConfig, StudyConfig
 from megatron_plasticity.data.prepare import read_manifest
 from megatron_plasticity.data.stream import corpus_hash
 from megatron_plasticity.errors import Interrupted, UserError
-from megatron_plasticity.launch.command import deepspeed_command
-from megatron_plasticity.launch.workers import start_worker, worker_context
+from megatron_plasticity.study.backends import SECONDS_TO_STOP, Backend, Job
+from megatron_plasticity.study.backends.hostfile import HostfileBackend
+from megatron_plasticity.study.backends.local import LocalBackend, run_alone, study_workers
+from megatron_plasticity.study.backends.slurm import SlurmBackend
 from megatron_plasticity.study.check import check_sources, check_study
+from megatron_plasticity.study.claim import Claim, claimed
 from megatron_plasticity.study.display import StudyDisplay
-from megatron_plasticity.study.jobs import JOB_MODULES, LAUNCHED_KINDS, job_for, prepare_corpus
+from megatron_plasticity.study.jobs import prepare_corpus
 from megatron_plasticity.study.plan import PlannedCell, StudyPlan, plan_study
 from megatron_plasticity.study.recipes import import_configs, study_folder
+from megatron_plasticity.study.retries import Failure, Retries, explain, log_size, read_state
 from megatron_plasticity.tracking.disk import explain_disk_errors
-from megatron_plasticity.tracking.lock import file_lock
 from megatron_plasticity.tracking.mlflow_mirror import MlflowMirror, mirror_in_background
+from megatron_plasticity.tracking.process import host_name
 from megatron_plasticity.tracking.progress import ConsoleProgress, NoProgress
-from megatron_plasticity.tracking.run_folder import RunFolder
+from megatron_plasticity.tracking.run_folder import SECONDS_UNTIL_FORGOTTEN, RunFolder
 from megatron_plasticity.training.signals import StopSignal
 
 STUDY_FILE = "study.json"
-# Long enough to write a checkpoint of any model that runs on one machine.
-SECONDS_TO_STOP = 120.0
 _SECONDS_BETWEEN_LOOKS = 0.5
-# Long runs first: what is left at the end is short, so that no slot stays idle for long.
+# Long runs first: what is left at the end is short, so that no place stays idle for long.
 _ORDER = ("import", "pretrain", "finetune", "overfitting", "truncation", "features", "probes", "attention", "evaluate")
 
 
@@ -52,33 +53,48 @@ class StudyOutcome:
     failed: dict[str, str]
     """Cell id → reason."""
     not_started: tuple[str, ...]
-    """Cells whose parent failed."""
+    """Cells whose parent failed, or that were not asked for."""
 
 
-def run_study(config: StudyConfig) -> StudyOutcome:
-    """Carry out all of the study that is not done yet. Raises Interrupted after Ctrl-C or SIGTERM, with every run saved."""
+def run_study(config: StudyConfig, only: Collection[str] | None = None) -> StudyOutcome:
+    """Carry out all of the study that is not done yet; with `only`, these cells and what descends from them.
+
+    Raises Interrupted after Ctrl-C or SIGTERM, with every run saved or left to the queue that it is in.
+    """
     bases = check_study(config)
     folder = study_folder(config)
     with explain_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with file_lock(folder / "lock"), StopSignal() as stop:
-        slots = _Slots.of(config)
-        corpus = _prepare(config, slots, folder, stop)
+    with claimed(folder) as claim, StopSignal() as stop:
+        backend = backend_of(config)
+        backend.check(folder)
+        corpus = _prepare(config, folder, stop)
         if config.bases:
-            plan = plan_study(config, sources=_find_sources(config, slots, folder, stop))
+            plan = plan_study(config, sources=_find_sources(config, folder, stop))
         else:
             data = bases[0].data
             plan = plan_study(config, corpus_hash(data.model_copy(update={"folder": corpus or data.folder})))
         _write_study_file(plan, corpus)
         with _mirrored(config, folder):
-            return _Runner(plan, slots, stop).run()
+            return _Runner(plan, backend, claim, stop, only).run()
 
 
-def _prepare(config: StudyConfig, slots: _Slots, folder: Path, stop: StopSignal) -> Path | None:
+def backend_of(config: StudyConfig) -> Backend:
+    """What `resources.backend` names. Raises UserError if it does not suit this machine."""
+    backends: dict[str, type[LocalBackend | HostfileBackend | SlurmBackend]] = {
+        "local": LocalBackend,
+        "hostfile": HostfileBackend,
+        "slurm": SlurmBackend,
+    }
+    return backends[config.resources.backend].of(config)
+
+
+def _prepare(config: StudyConfig, folder: Path, stop: StopSignal) -> Path | None:
     if config.corpus is None:
         return None
     # In a worker, since training a tokenizer starts threads; its own progress lines go where ours would.
-    slots.run_alone("corpus", _prepare_in_worker, (config.corpus,), folder / "corpus.log", stop)
+    context = study_workers(config.resources.threads, cuda=False)
+    run_alone(context, "corpus", _prepare_in_worker, (config.corpus,), folder / "corpus.log", stop)
     return prepare_corpus(config.corpus, NoProgress())
 
 
@@ -87,14 +103,15 @@ def _prepare_in_worker(corpus: Any) -> None:
         prepare_corpus(corpus, progress)
 
 
-def _find_sources(config: StudyConfig, slots: _Slots, folder: Path, stop: StopSignal) -> dict[str, dict[str, str]]:
+def _find_sources(config: StudyConfig, folder: Path, stop: StopSignal) -> dict[str, dict[str, str]]:
     """The hashes of what each import reads, by the name of the base; what lies on the hub is fetched first."""
     from megatron_plasticity.interchange.sources import find_source
 
     imports = import_configs(config)
     if any(not Path(recipe.source).expanduser().is_dir() for recipe in imports):
         # In a worker, so that Ctrl-C stops a download at once.
-        slots.run_alone("sources", _find_in_worker, (imports,), folder / "sources.log", stop)
+        context = study_workers(config.resources.threads, cuda=False)
+        run_alone(context, "sources", _find_in_worker, (imports,), folder / "sources.log", stop)
     sources = {recipe.name: find_source(recipe) for recipe in imports}
     check_sources(config, {name: source.model for name, source in sources.items()})
     return {name: source.inputs for name, source in sources.items()}
@@ -115,7 +132,7 @@ def _write_study_file(plan: StudyPlan, corpus: Path | None) -> None:
             {
                 "name": plan.config.name,
                 "description": plan.config.description,
-                "config": _finite(plan.config.model_dump(mode="json")),
+                "config": _plain(plan.config.model_dump()),
                 "corpus": {"folder": str(corpus), "manifest": read_manifest(corpus)} if corpus else None,
                 "cells": [cell.to_json() for cell in plan.cells],
             },
@@ -132,228 +149,236 @@ def _mirrored(config: StudyConfig, folder: Path) -> Iterator[None]:
 
 
 @dataclass
-class _Slots:
-    """Places for runs side by side, and how a process is put on one."""
+class _Attempt:
+    """A job under way, and when it was last heard of."""
 
-    count: int
-    threads: int
-    devices: tuple[str, ...]
-    """GPUs that the study may use, by index; none on a CPU."""
-    processes_per_run: int
-    context: BaseContext
+    job: Job
+    log_size: int
+    """Bytes of the log before it."""
+    heartbeat: float | None = None
+    """Its last sign of life, by its own clock."""
+    heard: float = field(default_factory=time.monotonic)
+    """When that was seen, by ours: the clocks of two machines may differ."""
+    given_up: float | None = None
+    """When it was asked to end, since it was silent for too long."""
 
-    @classmethod
-    def of(cls, config: StudyConfig) -> _Slots:
-        resources = config.resources
-        device = config.finetune.device if config.bases and config.finetune else config.base.get("device", "auto")
-        devices = _visible_devices() if device != "cpu" else ()
-        places = len(devices) // resources.processes_per_run if devices else 0
-        if devices and (resources.slots or 1) > places:
-            raise UserError(
-                f"resources: {resources.slots or 1} slots of {resources.processes_per_run} processes need more than the "
-                f"{len(devices)} GPUs that are visible; lower resources.slots or resources.processes_per_run"
-            )
-        cores = _cores() // (resources.threads * resources.processes_per_run)
-        os.environ["OMP_NUM_THREADS"] = str(resources.threads)  # read when the fork server imports torch
-        context = worker_context(JOB_MODULES, cuda=bool(devices))
-        return cls(resources.slots or places or max(1, cores), resources.threads, devices, resources.processes_per_run, context)
-
-    def start(self, slot: int, cell: PlannedCell) -> BaseProcess:
-        devices = self.devices[slot * self.processes_per_run : (slot + 1) * self.processes_per_run]
-        return start_worker(
-            self.context,
-            _run_cell,
-            (cell.kind, cell.config, self.processes_per_run, devices),
-            name=cell.id,
-            log=cell.folder / "log",
-            threads=self.threads,
-            # None of them for a study on the CPU: analyses take a GPU where they see one.
-            environment={"CUDA_VISIBLE_DEVICES": ",".join(devices)},
-        )
-
-    def run_alone(self, name: str, target: Any, arguments: tuple[Any, ...], log: Path, stop: StopSignal) -> None:
-        """Run one job to its end while nothing else runs. Raises UserError with the end of its log if it fails."""
-        process = start_worker(self.context, target, arguments, name=name, log=log, threads=_cores())
-        seen = log.stat().st_size if log.exists() else 0
-        while process.exitcode is None:
-            wait([process.sentinel], timeout=_SECONDS_BETWEEN_LOOKS)
-            seen = _echo(log, seen)
-            if stop.received is not None:
-                process.terminate()
-                process.join(SECONDS_TO_STOP)
-                raise Interrupted(f"stopped by {stop.received.name}; run the same command again to go on", stop.received)
-        if process.exitcode:
-            raise UserError(f"{name}: failed with exit code {process.exitcode}; see {log}\n{_tail(log)}")
+    def silent_for(self) -> float:
+        """Seconds since the last sign of life was seen; a job in a queue has none to give."""
+        state = read_state(self.job.cell)
+        heartbeat = state.heartbeat if state is not None else None
+        if heartbeat != self.heartbeat or not self.job.is_active:
+            self.heartbeat, self.heard = heartbeat, time.monotonic()
+        return time.monotonic() - self.heard
 
 
-def _visible_devices() -> tuple[str, ...]:
-    """The GPUs that this process may use: those that CUDA_VISIBLE_DEVICES leaves, else all."""
-    import torch
+@dataclass(frozen=True)
+class _Waiting:
+    """A run that failed and is tried again."""
 
-    if not torch.cuda.is_available():
-        return ()
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return tuple(named.split(",")) if named else tuple(str(index) for index in range(torch.cuda.device_count()))
-
-
-def _run_cell(kind: str, config: Any, processes: int, devices: Sequence[str]) -> None:
-    """In a worker: one cell, in this process or, on several ranks, under the deepspeed launcher."""
-    if processes == 1 or kind not in LAUNCHED_KINDS:
-        job_for(kind)(config, NoProgress())
-        return
-    command = deepspeed_command(kind, _folder_of(kind, config) / "config.yaml", processes, devices)
-    # A session of its own, so that launcher and ranks can be reached together.
-    launcher = subprocess.Popen(command, start_new_session=True)
-    try:
-        exit_code = launcher.wait()
-    except BaseException:
-        _stop_group(launcher)
-        raise
-    if exit_code:
-        raise UserError(f"the deepspeed launcher ended with exit code {exit_code}; what the ranks said is above in this log")
-
-
-def _stop_group(launcher: subprocess.Popen[bytes]) -> None:
-    """Let every rank save and end; what does not end in time is killed."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(launcher.pid, signal.SIGTERM)
-        try:
-            launcher.wait(SECONDS_TO_STOP)
-        except subprocess.TimeoutExpired:
-            os.killpg(launcher.pid, signal.SIGKILL)
-            launcher.wait()
-
-
-def _folder_of(kind: str, config: Any) -> Path:
-    from megatron_plasticity.evaluation.job import evaluation_folder
-    from megatron_plasticity.tracking.trained_model import TrainedModel
-    from megatron_plasticity.training.finetune import finetune_folder
-    from megatron_plasticity.training.pretrain import pretrain_folder
-
-    match kind:
-        case "pretrain":
-            return pretrain_folder(config).path
-        case "finetune":
-            return finetune_folder(config, TrainedModel.open(config.base)).path
-        case _:
-            return evaluation_folder(config).path
+    until: float
+    """Unix seconds."""
+    failure: Failure
+    failures: int
+    """So many in a row without a new checkpoint."""
 
 
 @dataclass
 class _Runner:
     plan: StudyPlan
-    slots: _Slots
+    backend: Backend
+    claim: Claim
     stop: StopSignal
+    only: Collection[str] | None = None
     done: set[str] = field(default_factory=set)
     failed: dict[str, str] = field(default_factory=dict)
-    running: dict[int, tuple[PlannedCell, BaseProcess]] = field(default_factory=dict)
-    """Slot → what runs on it."""
+    running: dict[str, _Attempt] = field(default_factory=dict)
+    """Cell id → its job."""
+    waiting: dict[str, _Waiting] = field(default_factory=dict)
+    """Cell id → when it is tried again."""
+
+    def __post_init__(self) -> None:
+        resources = self.resources
+        self.retries = Retries(resources.retries, resources.retry_seconds)
+        wanted = self.plan.cells if self.only is None else _with_descendants(self.plan, self.only)
+        self.wanted = {cell.id for cell in wanted}
+
+    @property
+    def resources(self) -> ResourcesConfig:
+        return self.plan.config.resources
 
     def run(self) -> StudyOutcome:
         self.done = {cell.id for cell in self.plan.cells if _is_done(cell)}
         with StudyDisplay(self.plan, already_done=self.done) as display:
+            for job in self.backend.adopt([cell for cell in self.plan.cells if cell.id not in self.done]):
+                self.running[job.cell.id] = _Attempt(job, log_size(job.cell))
             try:
-                while self._fill_slots() or self.running:
-                    wait([process.sentinel for _, process in self.running.values()], timeout=_SECONDS_BETWEEN_LOOKS)
+                while self._start_ready(display) or self._left():
+                    self.backend.wait([attempt.job for attempt in self.running.values()], _SECONDS_BETWEEN_LOOKS)
                     self._collect(display)
-                    display.refresh([cell for cell, _ in self.running.values()], self.done, self.failed)
-                    if self.stop.received is not None:
-                        raise Interrupted(
-                            f"stopped by {self.stop.received.name}; finished runs are kept, "
-                            "and the same command goes on from here",
-                            self.stop.received,
-                        )
+                    self._end_hung(display)
+                    self._refresh(display)
+                    self._listen()
             finally:
-                self._stop_workers()
+                self._end_jobs()
         return StudyOutcome(self.plan.folder, tuple(sorted(self.done)), dict(self.failed), tuple(self._unreachable()))
 
-    def _fill_slots(self) -> bool:
-        """Start ready cells on free slots; whether any was started."""
-        ready = iter(self._ready())
-        started = False
-        for slot in range(self.slots.count):
-            if slot not in self.running and (cell := next(ready, None)) is not None:
-                self.running[slot] = (cell, self.slots.start(slot, cell))
-                started = True
-        return started
+    def _start_ready(self, display: StudyDisplay) -> bool:
+        """Start ready cells on free places; whether any was started."""
+        free, cells = self.backend.free(), []
+        for cell in self._ready() if free else ():
+            if len(cells) == free:
+                break
+            if _held_elsewhere(cell):
+                continue
+            try:
+                # The folder says what to do, so that any machine can do it.
+                RunFolder.create(cell.folder.parent, cell.kind, cell.name, cell.config, cell.inputs)
+            except UserError as error:
+                self.failed[cell.id] = str(error)
+                display.failed(cell, str(error))
+                continue
+            cells.append(cell)
+        sizes = {cell.id: log_size(cell) for cell in cells}
+        jobs = self.backend.start(cells) if cells else []
+        for job in jobs:
+            self.waiting.pop(job.cell.id, None)
+            self.running[job.cell.id] = _Attempt(job, sizes[job.cell.id])
+        return bool(jobs)
 
     def _ready(self) -> list[PlannedCell]:
-        busy = {cell.id for cell, _ in self.running.values()}
-        waiting = [c for c in self.plan.cells if c.id not in self.done and c.id not in self.failed and c.id not in busy]
-        ready = [cell for cell in waiting if cell.parent is None or cell.parent in self.done]
+        now = time.time()
+        ready = [
+            cell
+            for cell in self._left()
+            if cell.id not in self.running and (cell.id not in self.waiting or self.waiting[cell.id].until <= now)
+        ]
         return sorted(ready, key=lambda cell: _ORDER.index(cell.kind))
 
-    def _collect(self, display: StudyDisplay) -> None:
-        for slot, (cell, process) in list(self.running.items()):
-            if process.exitcode is None:
-                continue
-            del self.running[slot]
-            if process.exitcode == 0 and _is_done(cell):
-                self.done.add(cell.id)
-                display.finished(cell)
-            elif self.stop.received is None:
-                self.failed[cell.id] = _reason(cell, process.exitcode)
-                display.failed(cell, self.failed[cell.id])
+    def _left(self) -> list[PlannedCell]:
+        """Cells that can be run, or are: neither done nor failed, and with the model that they read."""
+        return [
+            cell
+            for cell in self.plan.cells
+            if cell.id in self.wanted
+            and cell.id not in self.done
+            and cell.id not in self.failed
+            and (cell.parent is None or cell.parent in self.done)
+        ]
 
-    def _stop_workers(self) -> None:
-        for _, process in self.running.values():
-            process.terminate()
+    def _collect(self, display: StudyDisplay) -> None:
+        for cell_id, attempt in list(self.running.items()):
+            cell = attempt.job.cell
+            ended = attempt.job.ended()
+            if ended is None:
+                continue
+            del self.running[cell_id]
+            if _is_done(cell):
+                self.done.add(cell_id)
+                display.finished(cell)
+                continue
+            if self.stop.received is not None:
+                continue
+            failure = explain(cell, ended, attempt.log_size)
+            if attempt.given_up is not None:
+                failure = Failure(
+                    f"it gave no sign of life for {self.resources.silent_minutes:g} minutes and was ended", passing=True
+                )
+            self._fail(cell, failure, display)
+
+    def _fail(self, cell: PlannedCell, failure: Failure, display: StudyDisplay) -> None:
+        pause = self.retries.pause_after(cell, failure)
+        if pause is not None:
+            self.waiting[cell.id] = _Waiting(time.time() + pause, failure, self.retries.count(cell))
+            display.waiting(cell, failure.headline, pause)
+            return
+        times = self.retries.count(cell)
+        reason = failure.reason if times == 1 else f"{failure.reason}\n({times} attempts that got no further failed)"
+        self.failed[cell.id] = reason
+        # A process that was killed could not say so itself.
+        with contextlib.suppress(UserError, OSError):
+            folder = RunFolder.open(cell.folder)
+            if folder.state.status not in ("done", "failed"):
+                folder.mark_failed(failure.reason)
+        display.failed(cell, reason)
+
+    def _end_hung(self, display: StudyDisplay) -> None:
+        """Ask what is silent for too long to end; kill what does not."""
+        minutes = self.resources.silent_minutes
+        if minutes is None:
+            return
+        for attempt in self.running.values():
+            if attempt.given_up is not None:
+                if time.monotonic() - attempt.given_up > SECONDS_TO_STOP:
+                    attempt.job.kill()
+            elif attempt.silent_for() > 60 * minutes:
+                attempt.given_up = time.monotonic()
+                display.hung(attempt.job.cell, minutes)
+                attempt.job.stop()
+
+    def _refresh(self, display: StudyDisplay) -> None:
+        running = {id: attempt.job.where for id, attempt in self.running.items()}
+        waiting = {
+            id: {"until": entry.until, "reason": entry.failure.headline, "failures": entry.failures}
+            for id, entry in self.waiting.items()
+        }
+        self.claim.note({"backend": self.resources.backend, "running": running, "waiting": waiting})
+        display.refresh([attempt.job.cell for attempt in self.running.values()], self.done, self.failed)
+
+    def _listen(self) -> None:
+        if self.claim.lost is not None:
+            raise UserError(f"{self.plan.folder}: {self.claim.lost} took this study over; this runner ends")
+        if self.stop.received is None:
+            return
+        farewell = self.backend.farewell([attempt.job for attempt in self.running.values()])
+        kept = "finished runs are kept, and the same command goes on from here"
+        raise Interrupted(
+            f"stopped by {self.stop.received.name}; {kept}" + (f"\n{farewell}" if farewell else ""), self.stop.received
+        )
+
+    def _end_jobs(self) -> None:
+        """Let every job save and end, but for those that outlive their runner."""
+        if self.backend.outlives_runner:
+            return
+        jobs = [attempt.job for attempt in self.running.values()]
+        for job in jobs:
+            job.stop()
         deadline = time.monotonic() + SECONDS_TO_STOP
-        for _, process in self.running.values():
-            process.join(max(0.0, deadline - time.monotonic()))
-            if process.exitcode is None:
-                process.kill()
+        while (left := [job for job in jobs if job.ended() is None]) and time.monotonic() < deadline:
+            self.backend.wait(left, 0.1)
+        for job in left:
+            job.kill()
 
     def _unreachable(self) -> list[str]:
         return [cell.id for cell in self.plan.cells if cell.id not in self.done and cell.id not in self.failed]
 
 
+def _with_descendants(plan: StudyPlan, ids: Collection[str]) -> list[PlannedCell]:
+    """The cells of these ids, and all that descends from them; parents come before children in a plan."""
+    chosen: dict[str, PlannedCell] = {}
+    for cell in plan.cells:
+        if cell.id in ids or cell.parent in chosen:
+            chosen[cell.id] = cell
+    return list(chosen.values())
+
+
 def _is_done(cell: PlannedCell) -> bool:
-    """Also false for a folder whose state cannot be read: its own run will fail and say why, and the others go on."""
-    try:
-        return (cell.folder / "state.json").is_file() and RunFolder.open(cell.folder).is_done
-    except UserError:
+    state = read_state(cell)
+    return state is not None and state.status == "done"
+
+
+def _held_elsewhere(cell: PlannedCell) -> bool:
+    """Whether a process of another host may still be at this run: one that a network cut off goes on until it notices."""
+    state = read_state(cell)
+    if state is None or state.status != "running" or state.host == host_name():
         return False
+    return time.time() - (state.heartbeat or 0) < SECONDS_UNTIL_FORGOTTEN
 
 
-def _reason(cell: PlannedCell, exit_code: int) -> str:
-    with contextlib.suppress(UserError):
-        state = RunFolder.open(cell.folder).state
-        if state.status == "failed" and state.error:
-            return state.error
-    if exit_code < 0:
-        return f"its process was killed by signal {-exit_code} (out of memory?)"
-    return _tail(cell.folder / "log") or f"its process ended with exit code {exit_code}"
-
-
-def _tail(log: Path, lines: int = 5) -> str:
-    try:
-        return "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
-    except OSError:
-        return ""
-
-
-def _echo(log: Path, seen: int) -> int:
-    """Print what was added to `log` since `seen` bytes; returns its size now."""
-    try:
-        with log.open("rb") as file:
-            file.seek(seen)
-            text = file.read()
-    except OSError:
-        return seen
-    if text:
-        print(text.decode("utf-8", errors="replace"), end="", flush=True)
-    return seen + len(text)
-
-
-def _finite(value: Any) -> Any:
-    """Infinity as a string, since JSON has no name for it."""
+def _plain(value: Any) -> Any:
+    """A config for JSON, which has no name for infinity: a text stands for it, as it may in YAML. (pydantic's own way turns it into
+    null where any type is allowed, as in `axes`.)"""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return str(value) if value in (float("inf"), float("-inf")) else value
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    return str(value) if isinstance(value, Path) or value in (math.inf, -math.inf) else value

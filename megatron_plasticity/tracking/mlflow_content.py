@@ -5,15 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from megatron_plasticity.config.training import PretrainConfig
 from megatron_plasticity.errors import UserError
+from megatron_plasticity.tracking.mlflow_origin import Origin, origin_of, read_config, short_count
+from megatron_plasticity.tracking.mlflow_store import redactor
 from megatron_plasticity.tracking.process import host_name
 from megatron_plasticity.tracking.run_folder import RunFolder, RunState
 
@@ -22,7 +22,24 @@ PARAM_CHARACTERS = 6000
 TAG_CHARACTERS = 8000
 DIGEST_CHARACTERS = 36
 
-_MODEL_KINDS = ("pretrain", "import", "finetune")
+NOTE = "mlflow.note.content"
+"""The description of a run: written once, since a person may write another on MLflow's page."""
+
+_OWN_TAGS = ("optimizer.weight_decay", "optimizer.adamw_timescale", "seed")
+_WORK = {
+    "pretrain": "Pretraining of",
+    "import": "Import of",
+    "finetune": "Fine-tuning of",
+    "evaluate": "Evaluation of",
+    "harness": "Evaluation by lm-evaluation-harness of",
+    "capture": "Activations of",
+    "probes": "Linear probes on",
+    "attention": "Attention matrices of",
+    "truncation": "Truncated attention heads of",
+    "overfitting": "Train–validation gap of",
+    "features": "Features of",
+}
+"""Kind of a run → the first words of its description; the model follows."""
 
 STATUS = {"running": "RUNNING", "done": "FINISHED", "failed": "FAILED", "interrupted": "KILLED", "pending": "SCHEDULED"}
 """Our states → those of MLflow."""
@@ -63,12 +80,13 @@ class RunContent:
 
 def study_content(study: Mapping[str, Any], folder: Path, states: list[RunState], over: bool) -> RunContent:
     """The run at the root of a study; `states` are those of its cells, and `over` tells that nobody works on it any more."""
-    tags = {"kind": "study", "study": study["name"], **_place(folder)}
-    if study.get("description"):
-        tags["mlflow.note.content"] = study["description"]
+    counts = Counter(state.status for state in states)
+    progress = f"{counts['done']} of {len(states)} runs done" + (f", {counts['failed']} failed" if counts["failed"] else "")
+    tags = {"kind": "study", "study": study["name"], "progress": progress, **_place(folder)}
+    tags[NOTE] = study.get("description") or f"Study {study['name']}"
     starts = [state.started for state in states if state.started is not None]
     ends = [state.finished for state in states if state.finished is not None]
-    status = _study_status({state.status for state in states}, over)
+    status = _study_status(set(counts), over)
     return RunContent(
         folder=folder,
         name=study["name"],
@@ -84,23 +102,36 @@ def study_content(study: Mapping[str, Any], folder: Path, states: list[RunState]
 def run_content(folder: Path, study: Mapping[str, Any] | None = None, cell: Mapping[str, Any] | None = None) -> RunContent:
     """The run of a run folder; `study` and `cell` are its places in `study.json`, if it is part of a study."""
     run = RunFolder(folder)
-    state, config, cell = run.state, _read_config(folder), cell or {}
+    state, config, cell = run.state, read_config(folder), cell or {}
+    if not config:
+        raise UserError(f"{folder / 'config.yaml'}: cannot be read, or is empty")
     if state.status not in STATUS:
         raise UserError(f"{folder / 'state.json'}: unknown status {state.status!r}; expected one of {', '.join(STATUS)}")
     kind, inputs, samples = cell.get("kind") or run.kind, _inputs(folder), folder / "samples.parquet"
-    weight_decay = cell["weight_decay"] if "weight_decay" in cell else _weight_decay(run, config)
+    origin = origin_of(folder, config)
+    weight_decay = cell.get("weight_decay", origin.weight_decay)
+    results = run.results if state.status == "done" else {}
     task = cell.get("task") or (config.get("task") or {}).get("name")
+    read = inputs.get("model") or inputs.get("base")
+    step = cell.get("step") or (int(read.partition("@")[2]) if read and "@" in read else None)
     tags = {
         "kind": kind,
         "study": study["name"] if study else None,
         "cell": cell.get("id"),
         "task": task,
-        "weight_decay": weight_decay,
-        "adamw_timescale": cell.get("adamw_timescale"),
-        "pretraining_step": cell.get("step"),
+        "weight_decay": _short(weight_decay),
+        "adamw_timescale": _short(cell.get("adamw_timescale")),
+        "family": origin.family,
+        "size": origin.size,
+        "seed": origin.seed,
+        "tokens_per_parameter": _short(origin.tokens_per_parameter, digits=3),
+        "pretraining_step": step,
+        "model": read,
+        **{allowed_name(f"pretraining.{path}"): v for path, v in (cell.get("point") or {}).items() if path not in _OWN_TAGS},
         **{allowed_name(f"finetune.{path}"): value for path, value in (cell.get("variant") or {}).items()},
         "hash": folder.resolve().name.rpartition("-")[2],
         "error": state.error,
+        NOTE: _description(kind, config, origin, weight_decay, step),
         **_place(folder),
     }
     return RunContent(
@@ -110,11 +141,11 @@ def run_content(folder: Path, study: Mapping[str, Any] | None = None, cell: Mapp
         started=state.started,
         finished=state.finished,
         tags=_cut({key: str(value) for key, value in tags.items() if value is not None}),
-        params=flat_params(config),
+        params=flat_params(config) | _params_of_pretraining(origin, weight_decay),
         datasets=tuple(_datasets_of_run(kind, config, inputs)),
-        results=flat_numbers(run.results) if state.status == "done" else {},
-        model_made=tags["hash"] if state.status == "done" and kind in _MODEL_KINDS else None,
-        model_read=inputs.get("model") or inputs.get("base"),
+        results=flat_numbers(results),
+        model_made=tags["hash"] if results.get("checkpoint") else None,
+        model_read=read,
         samples=samples if state.status == "done" and samples.is_file() else None,
     )
 
@@ -129,7 +160,8 @@ def flat_params(config: Mapping[str, Any]) -> dict[str, str]:
         else:
             yield path, value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
 
-    return {allowed_name(path): _shortened(text, PARAM_CHARACTERS) for path, text in walk(config, "")}
+    clean = redactor()
+    return {allowed_name(path): _shortened(clean(text), PARAM_CHARACTERS) for path, text in walk(config, "")}
 
 
 def flat_numbers(results: Mapping[str, Any]) -> dict[str, float]:
@@ -148,16 +180,41 @@ def flat_numbers(results: Mapping[str, Any]) -> dict[str, float]:
     return {allowed_name(path): number for path, number in walk(results, "results")}
 
 
-def _weight_decay(run: RunFolder, config: Mapping[str, Any]) -> float | None:
-    """λ of a training run, also where the config states it as a timescale."""
-    stated = (config.get("optimizer") or {}).get("weight_decay")
-    if stated is not None or run.kind != "pretrain":
-        return stated
-    try:
-        checked = run.config
-    except UserError:
-        return None  # of an earlier release
-    return checked.weight_decay if isinstance(checked, PretrainConfig) else None
+def _params_of_pretraining(origin: Origin, weight_decay: float | None) -> dict[str, str]:
+    """In full precision and on every run that descends from a pretraining, so that they can be an axis of MLflow's charts."""
+    values = {
+        "weight_decay": weight_decay,
+        "parameters": origin.parameters,
+        "tokens": origin.tokens,
+        "steps": origin.steps,
+        "seed": origin.seed,
+    }
+    return {f"pretraining.{name}": str(value) for name, value in values.items() if value is not None}
+
+
+def _description(kind: str, config: Mapping[str, Any], origin: Origin, weight_decay: float | None, step: int | None) -> str:
+    """One sentence, and the folder that is read, for a person who sees the run among hundreds."""
+    facts = [f"λ = {_short(weight_decay)}"] if weight_decay is not None else []
+    if origin.tokens is not None:
+        ratio = _short(origin.tokens_per_parameter, digits=3)
+        facts.append(f"{short_count(origin.tokens)} tokens" + (f" ({ratio} per parameter)" if ratio else ""))
+    if step is not None:
+        facts.append(f"taken at step {step}")
+    model = " ".join(part for part in (origin.size, origin.family or "model") if part)
+    pretrained = (
+        f" pretrained with {', '.join(facts)}" if facts and kind != "pretrain" else "".join(f", {fact}" for fact in facts)
+    )
+    text = f"{_WORK.get(kind, kind.capitalize() + ' of')} a {model}{pretrained}"
+    tasks = [config["task"]] if config.get("task") else list(config.get("tasks") or ())
+    if names := [task["name"] if isinstance(task, Mapping) else str(task) for task in tasks]:
+        text += f"; {'task' if len(names) == 1 else 'tasks'}: {', '.join(names)}"
+    base = config.get("base") or config.get("run")
+    return f"{text}\n\nReads `{base}`" if base else text
+
+
+def _short(value: float | None, digits: int = 6) -> str | None:
+    """`0.1`, `1`, `0.333333`: as a person would type it into a filter."""
+    return None if value is None else f"{value:.{digits}g}"
 
 
 def _study_status(statuses: set[str], over: bool) -> str:
@@ -183,7 +240,8 @@ def _shortened(text: str, characters: int) -> str:
 
 
 def _cut(tags: Mapping[str, str]) -> dict[str, str]:
-    return {key: _shortened(value, TAG_CHARACTERS) for key, value in tags.items()}
+    clean = redactor()
+    return {key: _shortened(clean(value), TAG_CHARACTERS) for key, value in tags.items()}
 
 
 def _corpus_of_study(study: Mapping[str, Any]) -> Iterator[DatasetRecord]:
@@ -221,12 +279,3 @@ def _read_manifest(folder: Path) -> dict[str, Any] | None:
 
 def _inputs(folder: Path) -> dict[str, str]:
     return RunFolder(folder).inputs if (folder / "inputs.json").is_file() else {}
-
-
-def _read_config(folder: Path) -> dict[str, Any]:
-    """The resolved config as it stands, without checking: a run of an earlier release is mirrored as well."""
-    try:
-        tree = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise UserError(f"{folder / 'config.yaml'}: cannot be read: {error}") from None
-    return tree if isinstance(tree, dict) else {}

@@ -5,25 +5,35 @@ analyses under the model they look at. Every run has the tags `kind`, `study`, `
 that a filter such as `tags.kind = 'evaluate' and tags.task = 'arithmetic'` finds what the collapsed tree hides.
 
 Syncing is incremental and idempotent: nothing is sent twice, also after a resume that replays steps (MLflow then keeps the
-first measurement of a replayed step, `metrics.jsonl` the last), a lost cursor, or a kill between sending and noting it down.
+first measurement of a replayed step, `metrics.jsonl` the last), a lost cursor, an answer that never came, or a kill between
+sending and noting it down. Where it is in doubt what arrived, the store is asked.
 """
 
 from __future__ import annotations
 
+import getpass
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.tracking.mlflow_background import mirror_in_background
-from megatron_plasticity.tracking.mlflow_content import DatasetRecord, RunContent, run_content, study_content
+from megatron_plasticity.tracking.mlflow_content import NOTE, DatasetRecord, RunContent, run_content, study_content
 from megatron_plasticity.tracking.mlflow_cursor import Cursor, Measurement
-from megatron_plasticity.tracking.mlflow_models import send_models, send_table
-from megatron_plasticity.tracking.mlflow_store import connect, sqlite_folder, tracking_uri, without_credentials
+from megatron_plasticity.tracking.mlflow_models import is_headline, send_models, send_table
+from megatron_plasticity.tracking.mlflow_store import (
+    StoreError,
+    alone_with,
+    connect,
+    sqlite_folder,
+    tracking_uri,
+    without_credentials,
+)
 from megatron_plasticity.tracking.run_folder import RunFolder, RunState
+from megatron_plasticity.tracking.system_metrics import FILES
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -38,6 +48,12 @@ TAGS_AND_PARAMS_PER_BATCH = 100
 
 PARENT_TAG = "mlflow.parentRunId"
 _ENDED = ("FINISHED", "FAILED", "KILLED")
+# MLflow's page otherwise takes an experiment for one of agents and prompts, and shows neither runs nor models.
+_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
+_WATCHED_FILES = ("config.yaml", "inputs.json", "state.json", "metrics.jsonl", "results.json", "samples.parquet")
+
+Signature = tuple[Any, ...]
+"""What a run folder looks like from outside: as long as it stays the same there is nothing new to send."""
 
 
 @dataclass
@@ -51,6 +67,8 @@ class _Mirrored:
     has_datasets: bool
     models: tuple[str | None, str | None]
     """Identities of the models made and read that were sent by this process."""
+    model_id: str | None
+    """MLflow's id of the model that the results say something about."""
     has_samples: bool
     cursor: Cursor
 
@@ -62,15 +80,19 @@ class MlflowMirror:
         """`folder` is the study's folder, or the output folder of a single run: the default store is `mlflow.db` in it."""
         self.uri = uri or tracking_uri(folder)
         self.experiment = experiment
+        self.answers = 0
+        """Grows with what the server has answered."""
         self._client: MlflowClient | None = None
         self._experiment_id = ""
         self._mirrored: dict[Path, _Mirrored] = {}
+        self._sent: dict[Path, tuple[Signature, str]] = {}
+        """Folder → how it looked when it was last sent, and the id of its run."""
 
     def sync(self, folder: Path, over: bool = True) -> None:
         """Bring MLflow up to date with a study folder or a run folder.
 
         `over` tells that no process works on the study any more, so that one with cells left to do is not "running".
-        Raises UserError if the store cannot be reached (without credentials in the message); a later call goes on from there.
+        Raises StoreError if the store cannot be reached (without credentials in the message); a later call goes on from there.
         """
         if (folder / "study.json").is_file():
             self.sync_study(_read_study(folder), folder, over)
@@ -81,6 +103,11 @@ class MlflowMirror:
         """Bring one stand-alone run folder up to date. Raises UserError."""
         with self._explained_errors():
             self._send(run_content(folder), parent=None)
+
+    def _describe(self, client: MlflowClient, study: Mapping[str, Any]) -> None:
+        """Put the study's description on its experiment, unless there is one."""
+        if study.get("description") and NOTE not in client.get_experiment(self._experiment_id).tags:
+            client.set_experiment_tag(self._experiment_id, NOTE, without_credentials(study["description"]))
 
     def sync_study(self, study: Mapping[str, Any], folder: Path, over: bool = False) -> None:
         """Bring a study up to date; `study` is what its `study.json` says. Cells that have not begun are left out.
@@ -96,20 +123,37 @@ class MlflowMirror:
             except UserError as error:
                 problems.append(f"{name}: {error}")
         with self._explained_errors():
+            if self._client is None:
+                self._describe(self._connected(), study)
             root = self._send(study_content(study, folder, list(states.values()), over), parent=None)
             run_ids: dict[str | None, str] = {}
             for name in _parents_first(cells):
                 if name not in states or states[name].status == "pending":
                     continue
                 try:
-                    content = run_content(folder / cells[name]["folder"], study, cells[name])
-                    run_ids[name] = self._send(content, parent=run_ids.get(cells[name].get("parent"), root))
+                    run_ids[name] = self._send_cell(
+                        folder / cells[name]["folder"],
+                        study,
+                        cells[name],
+                        states[name],
+                        parent=run_ids.get(cells[name].get("parent"), root),
+                    )
                 except Exception as error:
                     if not isinstance(error, UserError) and not _is_refusal(error):
                         raise  # the store cannot be reached: the other cells would fail as well
                     problems.append(f"{name}: {without_credentials(str(error))}")
         if problems:
             raise UserError("some cells could not be mirrored to MLflow:\n" + "\n".join(f"  {p}" for p in problems))
+
+    def _send_cell(self, folder: Path, study: Mapping[str, Any], cell: Mapping[str, Any], state: RunState, parent: str) -> str:
+        """Send a cell of a study, unless it looks as it did when it was sent: most cells of a large study are done, or wait."""
+        looks = (_looks(folder), state.status, json.dumps(cell, sort_keys=True), parent)
+        if (sent := self._sent.pop(folder, None)) and sent[0] == looks:
+            run_id = sent[1]
+        else:
+            run_id = self._send(run_content(folder, study, cell), parent)
+        self._sent[folder] = looks, run_id
+        return run_id
 
     def _send(self, content: RunContent, parent: str | None) -> str:
         """Make the MLflow run what `content` says, sending only what is new; returns its id."""
@@ -118,14 +162,16 @@ class MlflowMirror:
         tags = content.tags if parent is None else {**content.tags, PARENT_TAG: parent}
         # Out of the books while sending: after an error, what the store holds must be asked for again.
         mirrored = self._mirrored.pop(folder, None) or self._attach(client, content, tags)
+        self.answers += 1
         _send_tags_and_params(client, mirrored, tags, content.params)
         if content.datasets and not mirrored.has_datasets:
             client.log_inputs(mirrored.run_id, datasets=_dataset_inputs(content.datasets))
             mirrored.has_datasets = True
-        _send_metrics(client, mirrored, content)
+        self._send_metrics(client, mirrored, content)
         if (models := (content.model_made, content.model_read)) != mirrored.models:
-            send_models(client, client.get_run(mirrored.run_id), *models)
+            mirrored.model_id = send_models(client, client.get_run(mirrored.run_id), *models)
             mirrored.models = models
+        self._send_results(client, mirrored, content)
         if content.status != mirrored.status:
             if content.status in _ENDED:
                 client.set_terminated(mirrored.run_id, content.status, _milliseconds(content.finished))
@@ -135,22 +181,69 @@ class MlflowMirror:
         if content.samples is not None and not mirrored.has_samples:  # last: the store of artifacts may be another service
             send_table(client, client.get_run(mirrored.run_id), content.samples)
             mirrored.has_samples = True
+        if mirrored.cursor.doubtful and content.status in _ENDED:
+            self._remove_twins(client, content, mirrored)
         self._mirrored[folder] = mirrored
         return mirrored.run_id
 
+    def _send_metrics(self, client: MlflowClient, mirrored: _Mirrored, content: RunContent) -> None:
+        """Send what the files of metrics hold beyond the cursor."""
+        cursor, known, read_before = mirrored.cursor, {}, dict(mirrored.cursor.positions)
+        if cursor.sending or not cursor.goes_on(content.folder):
+            known = _known_steps(client, mirrored.run_id)
+            mirrored.cursor = cursor = Cursor(cursor.run_id, doubtful=cursor.doubtful)
+            cursor.take([Measurement(name, 0.0, 0.0, max(known[name])) for name in content.results if known.get(name)])
+        new = cursor.take_new(content.folder, known)
+        if new:
+            self._send_measurements(client, mirrored, content, new)
+        elif cursor.positions != read_before:
+            cursor.write(content.folder)
+
+    def _send_results(self, client: MlflowClient, mirrored: _Mirrored, content: RunContent) -> None:
+        """Send the scalars of the results, which belong to the model as well, so that MLflow's table of models has them."""
+        cursor = mirrored.cursor
+        last_step = max((step for name, step in cursor.steps.items() if name not in content.results), default=0)
+        missing = {name: value for name, value in content.results.items() if name not in cursor.steps}
+        new = cursor.take(Measurement(name, value, content.finished or 0.0, last_step) for name, value in missing.items())
+        if new:
+            self._send_measurements(client, mirrored, content, new, mirrored.model_id)
+
+    def _send_measurements(
+        self, client: MlflowClient, mirrored: _Mirrored, content: RunContent, new: list[Measurement], model_id: str | None = None
+    ) -> None:
+        from mlflow.entities import Metric
+
+        mirrored.cursor.sending = True
+        mirrored.cursor.write(content.folder)
+        for part in _parts(new, METRICS_PER_BATCH):
+            metrics = [
+                Metric(m.name, m.value, round(m.time * 1000), m.step, model_id=model_id if is_headline(m.name) else None)
+                for m in part
+            ]
+            client.log_batch(mirrored.run_id, metrics=metrics, synchronous=True)
+            self.answers += 1
+        mirrored.cursor.sending = False
+        mirrored.cursor.write(content.folder)
+
     def _attach(self, client: MlflowClient, content: RunContent, tags: Mapping[str, str]) -> _Mirrored:
         """The run that mirrors this folder: the one of the cursor, else the one with its tags, else a new one."""
-        cursor = Cursor.read(content.folder)
-        run = _active_run(client, cursor.run_id) if cursor else None
-        run = run or self._find(client, content)
-        if run is None:
-            run = client.create_run(
-                self._experiment_id, start_time=_milliseconds(content.started), tags=dict(tags), run_name=content.name
-            )
-            cursor = Cursor(run.info.run_id)
-        elif cursor is None or cursor.run_id != run.info.run_id or cursor.sending:
-            cursor = Cursor(run.info.run_id, steps=_last_steps(client, run))
-        cursor.write(content.folder)
+        with alone_with(content.folder):  # `mlflow sync` while the run is going on must not make another
+            cursor = Cursor.read(content.folder)
+            run = _active_run(client, cursor.run_id) if cursor and cursor.run_id else None
+            run = run or next(iter(self._runs_of(client, content)), None)
+            doubtful = cursor is not None and cursor.doubtful
+            if run is None:
+                Cursor("", doubtful=True).write(content.folder)
+                run = client.create_run(
+                    self._experiment_id,
+                    start_time=_milliseconds(content.started),
+                    tags={**tags, **_made_by(content)},
+                    run_name=content.name,
+                )
+                cursor = Cursor(run.info.run_id, doubtful=doubtful)
+            elif cursor is None or cursor.run_id != run.info.run_id:
+                cursor = Cursor(run.info.run_id, sending=True, doubtful=doubtful)  # what it holds must be asked for
+            cursor.write(content.folder)
         return _Mirrored(
             run_id=run.info.run_id,
             status=run.info.status,
@@ -158,16 +251,26 @@ class MlflowMirror:
             params=set(run.data.params),
             has_datasets=bool(run.inputs and run.inputs.dataset_inputs),
             models=(None, None),
+            model_id=None,
             has_samples=False,
             cursor=cursor,
         )
 
-    def _find(self, client: MlflowClient, content: RunContent) -> Run | None:
-        """The run that was made for this folder before its cursor was lost, by its tags."""
+    def _runs_of(self, client: MlflowClient, content: RunContent) -> list[Run]:
+        """The runs that were made for this folder, by their tags: more than one if an answer was lost. Fullest first."""
         key = "hash" if "hash" in content.tags else "study"
         runs = client.search_runs([self._experiment_id], f"tags.{key} = '{content.tags[key]}'")
         identity = ("kind", "host", "folder")
-        return next((run for run in runs if all(run.data.tags.get(k) == content.tags[k] for k in identity)), None)
+        found = [run for run in runs if all(run.data.tags.get(k) == content.tags[k] for k in identity)]
+        return sorted(found, key=lambda run: (-len(run.data.metrics), run.info.run_id))
+
+    def _remove_twins(self, client: MlflowClient, content: RunContent, mirrored: _Mirrored) -> None:
+        """Delete what the server made after we had given up waiting for it and asked again. MLflow can restore it."""
+        for run in self._runs_of(client, content):
+            if run.info.run_id != mirrored.run_id and not run.data.metrics:
+                client.delete_run(run.info.run_id)
+        mirrored.cursor.doubtful = False
+        mirrored.cursor.write(content.folder)
 
     def _connected(self) -> MlflowClient:
         if self._client is None:
@@ -186,7 +289,7 @@ class MlflowMirror:
             if not _is_of_the_store(error):
                 raise
             where, what = without_credentials(self.uri), without_credentials(str(error)).strip()
-            raise UserError(f"MLflow at {where}: {what}") from None  # the cause may hold credentials
+            raise StoreError(f"MLflow at {where}: {what}") from None  # the cause may hold credentials
 
 
 def _send_tags_and_params(client: MlflowClient, mirrored: _Mirrored, tags: Mapping[str, str], params: Mapping[str, str]) -> None:
@@ -194,7 +297,11 @@ def _send_tags_and_params(client: MlflowClient, mirrored: _Mirrored, tags: Mappi
 
     # A param cannot change once it is there: where a resumed run has another neutral field, the first value stays.
     new_params = [Param(key, value) for key, value in params.items() if key not in mirrored.params]
-    new_tags = [RunTag(key, value) for key, value in tags.items() if mirrored.tags.get(key) != value]
+    new_tags = [
+        RunTag(key, value)
+        for key, value in tags.items()
+        if mirrored.tags.get(key) != value and not (key == NOTE and key in mirrored.tags)
+    ]
     for part in _parts(new_params, TAGS_AND_PARAMS_PER_BATCH):
         client.log_batch(mirrored.run_id, params=part, synchronous=True)
     for part in _parts(new_tags, TAGS_AND_PARAMS_PER_BATCH):
@@ -204,27 +311,6 @@ def _send_tags_and_params(client: MlflowClient, mirrored: _Mirrored, tags: Mappi
         del mirrored.tags["error"]
     mirrored.params |= set(params)
     mirrored.tags |= tags
-
-
-def _send_metrics(client: MlflowClient, mirrored: _Mirrored, content: RunContent) -> None:
-    from mlflow.entities import Metric
-
-    cursor, read_before = mirrored.cursor, mirrored.cursor.bytes
-    new = cursor.take_new(content.folder / "metrics.jsonl")
-    last_step = max(cursor.steps.values(), default=0)
-    missing = {name: value for name, value in content.results.items() if name not in cursor.steps}
-    new += cursor.take(Measurement(name, value, content.finished or 0.0, last_step) for name, value in missing.items())
-    if not new:
-        if cursor.bytes != read_before:
-            cursor.write(content.folder)
-        return
-    cursor.sending = True
-    cursor.write(content.folder)
-    for part in _parts(new, METRICS_PER_BATCH):
-        metrics = [Metric(m.name, m.value, round(m.time * 1000), m.step) for m in part]
-        client.log_batch(mirrored.run_id, metrics=metrics, synchronous=True)
-    cursor.sending = False
-    cursor.write(content.folder)
 
 
 def _dataset_inputs(datasets: Sequence[DatasetRecord]) -> list[MlflowDatasetInput]:
@@ -258,10 +344,31 @@ def _active_run(client: MlflowClient, run_id: str) -> Run | None:
     return run if run.info.lifecycle_stage == "active" else None
 
 
-def _last_steps(client: MlflowClient, run: Run) -> dict[str, int]:
-    """Metric → its last step in the store."""
-    histories = {name: client.get_metric_history(run.info.run_id, name) for name in run.data.metrics}
-    return {name: max(metric.step for metric in history) for name, history in histories.items() if history}
+def _known_steps(client: MlflowClient, run_id: str) -> dict[str, set[int]]:
+    """Metric → the steps of it that the store has."""
+    metrics = client.get_run(run_id).data.metrics
+    return {name: {metric.step for metric in client.get_metric_history(run_id, name)} for name in metrics}
+
+
+def _made_by(content: RunContent) -> dict[str, str]:
+    """Tags that MLflow's page shows in columns of their own."""
+    tags = {"mlflow.source.name": f"{content.tags['kind']} (megatron-plasticity)", "mlflow.source.type": "LOCAL"}
+    with suppress(OSError, KeyError, ImportError):  # a user without a name
+        tags["mlflow.user"] = getpass.getuser()
+    return tags
+
+
+def _looks(folder: Path) -> Signature:
+    files = sorted({*(folder / name for name in _WATCHED_FILES), *folder.glob(FILES)})
+    return tuple((file.name, *_size_and_time(file)) for file in files)
+
+
+def _size_and_time(file: Path) -> tuple[int, int]:
+    try:
+        found = file.stat()
+    except OSError:
+        return -1, -1
+    return found.st_size, found.st_mtime_ns
 
 
 def _experiment_id(client: MlflowClient, name: str, folder: Path | None) -> str:
@@ -272,7 +379,9 @@ def _experiment_id(client: MlflowClient, name: str, folder: Path | None) -> str:
     if experiment is None:
         try:
             # Left alone, MLflow would name a folder in whatever the working directory is.
-            return client.create_experiment(name, artifact_location=str(folder.resolve() / "mlartifacts") if folder else None)
+            return client.create_experiment(
+                name, artifact_location=str(folder.resolve() / "mlartifacts") if folder else None, tags=_EXPERIMENT_TAGS
+            )
         except MlflowException as error:
             experiment = client.get_experiment_by_name(name)  # another process may just have made it
             if experiment is None:
@@ -281,6 +390,9 @@ def _experiment_id(client: MlflowClient, name: str, folder: Path | None) -> str:
         raise UserError(
             f"MLflow experiment {name!r} was deleted; restore it (`mlflow experiments restore`) or choose another name"
         )
+    for key, value in _EXPERIMENT_TAGS.items():
+        if key not in experiment.tags:
+            client.set_experiment_tag(experiment.experiment_id, key, value)
     return experiment.experiment_id
 
 

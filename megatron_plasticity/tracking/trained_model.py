@@ -122,6 +122,8 @@ def run_on_model(
     if not is_main:
         work(trained, folder, NoProgress())
         return folder
+    if grid is not None:
+        grid.liveness.at_end(folder.mark_failed)
     with folder.running():
         folder.mark_done(work(trained, folder, Both(progress, FolderProgress(folder))))
     return folder

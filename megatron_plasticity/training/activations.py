@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from megatron_plasticity.capture.dump import memory_bytes, recorder_of, write_dump
+from megatron_plasticity.capture.dump import recorder_of, write_dump
 from megatron_plasticity.capture.manifest import ACTIVATIONS_FOLDER, model_identity
+from megatron_plasticity.capture.recipe import memory_bytes
 from megatron_plasticity.capture.recorder import Recorder
 from megatron_plasticity.capture.sequences import CapturedSequences
 from megatron_plasticity.capture.writer import ActivationWriter

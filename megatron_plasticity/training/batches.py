@@ -19,8 +19,8 @@ from megatron_plasticity.data.blocks import BlockReader
 from megatron_plasticity.data.micro_batch import MicroBatch
 from megatron_plasticity.data.order import SampleOrder
 from megatron_plasticity.data.sft import EncodedExample, EncodedExamples, collate, pack
-from megatron_plasticity.errors import UserError
 from megatron_plasticity.parallel.grid import ProcessGrid
+from megatron_plasticity.training.duration import finetuning_steps
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,15 @@ class StepBatch:
     """Tokens that are not padding, in the whole global batch."""
     squared_lengths: int
     """Sum of the squares of the lengths of its texts, without padding, which is what attention costs."""
+    samples: list[list[int]]
+    """What each micro-batch consists of: one number per row, or all those that are packed into its only row."""
 
 
 class Batches(Protocol):
     steps: int
     """Optimizer steps of the run."""
+    sample_name: str
+    """What `StepBatch.samples` are the numbers of."""
 
     def step(self, step: int) -> StepBatch:
         """The batch of step `step`, 0-based."""
@@ -49,6 +53,8 @@ class Batches(Protocol):
 class PretrainBatches:
     """Blocks of a token store in their seeded order, epoch after epoch."""
 
+    sample_name = "block"
+
     def __init__(self, reader: BlockReader, order: SampleOrder, batch: BatchConfig, grid: ProcessGrid, steps: int) -> None:
         self.steps = steps
         self._reader, self._order, self._batch, self._grid = reader, order, batch, grid
@@ -56,21 +62,15 @@ class PretrainBatches:
     def step(self, step: int) -> StepBatch:
         size = self._batch.global_batch_size
         blocks = self._order.blocks(step * size, (step + 1) * size)
-        micro_batches = [MicroBatch(*self._reader.batch(blocks[part])) for part in _slices(self._batch, self._grid)]
+        parts = [blocks[part] for part in _slices(self._batch, self._grid)]
         length = self._reader.sequence_length
-        return StepBatch(micro_batches, size * length, size * length, size * length**2)
-
-
-def finetuning_steps(examples: int, epochs: int, batch: BatchConfig) -> int:
-    """Optimizer steps on so many usable examples. Raises UserError when all epochs together do not fill one global batch."""
-    steps = examples * epochs // batch.global_batch_size
-    if not steps:
-        raise UserError(
-            f"task.train_examples: {examples} usable examples times epochs={epochs} do not fill one batch of "
-            f"batch.global_batch_size={batch.global_batch_size}; raise task.train_examples or epochs, or lower "
-            "batch.global_batch_size"
+        return StepBatch(
+            [MicroBatch(*self._reader.batch(part)) for part in parts],
+            target_tokens=size * length,
+            input_tokens=size * length,
+            squared_lengths=size * length**2,
+            samples=[[int(block) for block in part] for part in parts],
         )
-    return steps
 
 
 class FinetuneBatches:
@@ -80,6 +80,8 @@ class FinetuneBatches:
     longest first: then a micro-batch has examples of similar length, and so have the micro-batches that ranks compute at the same
     time, where the quicker would wait for the slower; and a run that does not fit into memory fails at once.
     """
+
+    sample_name = "example"
 
     def __init__(
         self,
@@ -98,13 +100,16 @@ class FinetuneBatches:
         self._order = SampleOrder(len(examples), seed)
 
     def step(self, step: int) -> StepBatch:
-        chosen = self._chosen(step)
+        numbers = self._chosen(step)
+        chosen = [self._examples[number] for number in numbers]
+        parts = list(_slices(self._batch, self._grid))
         # The first token of an example is never a target, the last one never an input.
         return StepBatch(
-            [self._micro_batch(chosen[part]) for part in _slices(self._batch, self._grid)],
+            [self._micro_batch(chosen[part]) for part in parts],
             target_tokens=sum(example.response_length for example in chosen),
             input_tokens=sum(example.input_length for example in chosen),
             squared_lengths=sum(example.input_length**2 for example in chosen),
+            samples=[numbers[part] for part in parts],
         )
 
     def padding_share(self) -> float:
@@ -118,11 +123,12 @@ class FinetuneBatches:
         positions = rows * int((-(-columns // self._multiple) * self._multiple).sum())
         return 1.0 - int(lengths.sum()) / positions
 
-    def _chosen(self, step: int) -> list[EncodedExample]:
-        """The global batch in the order in which it is cut into micro-batches."""
+    def _chosen(self, step: int) -> list[int]:
+        """The numbers of the global batch's examples, in the order in which it is cut into micro-batches."""
         size = self._batch.global_batch_size
-        chosen = [self._examples[i] for i in self._order.blocks(step * size, (step + 1) * size)]
-        return chosen if self._batching == "as_drawn" else sorted(chosen, key=lambda example: -example.input_length)
+        numbers = [int(number) for number in self._order.blocks(step * size, (step + 1) * size)]
+        lengths = self._examples.input_lengths
+        return numbers if self._batching == "as_drawn" else sorted(numbers, key=lambda number: -lengths[number])
 
     def _micro_batch(self, examples: list[EncodedExample]) -> MicroBatch:
         return (pack if self._batching == "packed" else collate)(examples, self._padding_id, self._multiple)

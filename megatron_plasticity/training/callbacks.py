@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor
@@ -12,11 +13,14 @@ from torch import Tensor
 from megatron_plasticity.config.training import adamw_timescale
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.models.sizes import parameter_class, training_flops
+from megatron_plasticity.tracking.loss_spikes import LossSpikes
 from megatron_plasticity.tracking.progress import Progress
 from megatron_plasticity.training.engine import TrainingEngine
 from megatron_plasticity.training.loop import Callback, StepOutcome
 
 WriteRow = Callable[[int, Mapping[str, float]], None]
+
+SPIKE = "train/loss_spike"
 
 # Dense bf16 peak of one device in FLOP/s, from the vendors' data sheets; no MFU is given for others.
 _PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "GH200": 989e12}
@@ -32,7 +36,12 @@ class TrainingMetrics(Callback):
         every_steps: int,
         write: WriteRow,
         progress: Progress,
+        losses_before: Iterable[float] = (),
     ) -> None:
+        """`losses_before` are the logged ones of the steps that were taken before."""
+        self._spikes = LossSpikes(engine.recipe.logging.spike_deviations)
+        for loss in losses_before:
+            self._spikes.excess(loss)
         self._engine, self._total, self._every, self._write, self._progress = engine, total_steps, every_steps, write, progress
         self._seconds, self._tokens, self._squared_lengths = 0.0, 0, 0
         self._paused = 0.0
@@ -48,14 +57,17 @@ class TrainingMetrics(Callback):
         self._seconds += time.perf_counter() - began  # reading the loss waits for the kernels that a GPU has not finished
         tokens_per_second = self._tokens / self._seconds
         groups = self._engine.groups
+        spike = None if outcome.skipped else self._spikes.excess(loss)
         decay = self._engine.recipe.optimizer.decay_per_step(groups.weight_decay, outcome.learning_rate)
         row = {
-            "train/loss": loss,
             "train/learning_rate": outcome.learning_rate,
             "train/learning_rate_times_weight_decay": decay,
-            "train/gradient_norm": self._engine.gradient_norm,
             "train/tokens_per_second": tokens_per_second,
         }
+        if not outcome.skipped:
+            row |= {"train/loss": loss, "train/gradient_norm": self._engine.gradient_norm}
+        if spike is not None:
+            row[SPIKE] = spike
         timescale = adamw_timescale(decay, self._total)
         if timescale is not None:
             row["train/adamw_timescale"] = timescale
@@ -65,7 +77,13 @@ class TrainingMetrics(Callback):
         if self._engine.grid.is_main:
             self._write(outcome.step, row)
         self._progress.update(outcome.step, self._total, "steps", tokens_per_second=tokens_per_second, loss=round(loss, 3))
-        if not math.isfinite(loss):
+        if spike is not None and self._engine.grid.is_main:
+            print(
+                f"warning: step {outcome.step}: the loss, {loss:.3f}, stands out by {spike:.3f} nats from those before it",
+                file=sys.stderr,
+                flush=True,
+            )
+        if not (outcome.skipped or math.isfinite(loss)):
             raise UserError(
                 f"the training loss became {loss} at step {outcome.step} (λ={groups.weight_decay:g}, "
                 f"learning rate {outcome.learning_rate:g}); lower the learning rate or λ"

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from megatron_plasticity.config.deepspeed import accumulation_steps, deepspeed_json, effective_zero_stage
 from megatron_plasticity.config.training import TrainingRecipe
 from megatron_plasticity.data.micro_batch import MicroBatch
-from megatron_plasticity.errors import UserError
 from megatron_plasticity.models.lora import Adapters
 from megatron_plasticity.models.loss import TokenLoss, token_loss
 from megatron_plasticity.models.partition import stage_layers, stage_of
@@ -73,6 +72,8 @@ class TrainingEngine:
         self._cross_entropy = torch.zeros((), dtype=torch.float64, device=grid.device)
         self._loss_scale = 0.0
         self._gradient_norm = torch.zeros(())
+        self.step_was_skipped = False
+        """Whether the last step changed nothing, on all processes, since the gradient was not finite on one."""
 
     @property
     def layout(self) -> str:
@@ -88,7 +89,8 @@ class TrainingEngine:
         )
 
     def train_batch(self, batch: StepBatch) -> Tensor:
-        """One optimizer step on a global batch; returns its summed cross-entropy over this data-parallel rank's targets.
+        """One optimizer step on a global batch, unless its gradient is not finite (`step_was_skipped`); returns its summed
+        cross-entropy over this data-parallel rank's targets.
 
         The loss is a mean per target token over the whole global batch, however tokens fall on micro-batches and ranks: DeepSpeed
         divides by accumulation and averages over data-parallel ranks, which the scale undoes. Summed over all processes the
@@ -96,6 +98,8 @@ class TrainingEngine:
         """
         self._loss_scale = self.accumulation * self.grid.data_size / batch.target_tokens
         self._cross_entropy.zero_()
+        self.step_was_skipped = False
+        skipped_before = self._engine.skipped_steps
         if self._pipeline is not None:
             self._pipeline.train(batch.micro_batches)
         else:
@@ -103,10 +107,11 @@ class TrainingEngine:
                 self._engine.backward(self._loss_of(micro_batch))
                 if self._engine.is_gradient_accumulation_boundary() and self._norm_is_ours:
                     self._gradient_norm = _global_norm(self.model, self.grid)
-                self._engine.step()
-        if self._engine.skipped_steps:
-            # DeepSpeed would go on, without Adam and without decay, and count this step as none.
-            raise UserError("DeepSpeed skipped an optimizer step: the gradient norm is not finite; lower the learning rate or λ")
+                    self.step_was_skipped = not bool(torch.isfinite(self._gradient_norm))
+                with _held_still(self._engine.optimizer) if self.step_was_skipped else contextlib.nullcontext():
+                    self._engine.step()
+        # DeepSpeed's ZeRO optimizers leave a step out, without Adam and without decay, when the norm is not finite.
+        self.step_was_skipped |= self._engine.skipped_steps > skipped_before
         return self._reported_cross_entropy()
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -127,6 +132,7 @@ class TrainingEngine:
         A collective: every process must call it with as many micro-batches (ZeRO-3 gathers weights), those of one data-parallel
         rank with the same.
         """
+        self.grid.liveness.beat()
         self._cross_entropy.zero_()
         self._loss_scale = 1.0
         if self._pipeline is not None:
@@ -197,10 +203,12 @@ class TrainingEngine:
         for name in self.shapes:
             stage = stage_of(name, self.model.config, self.grid.parallel)
             whole = None
-            if stage == self.grid.stage:
-                piece = gather(parameters[name]).detach()
-                whole = self.model.sharding(name).join(ranks.all_gather(piece)) if ranks.size > 1 else piece
-            yield name, self.grid.to_main(whole, stage)
+            with self.grid.liveness.exchanging():
+                if stage == self.grid.stage:
+                    piece = gather(parameters[name]).detach()
+                    whole = self.model.sharding(name).join(ranks.all_gather(piece)) if ranks.size > 1 else piece
+                whole = self.grid.to_main(whole, stage)
+            yield name, whole
 
     @property
     def _norm_is_ours(self) -> bool:
@@ -216,6 +224,16 @@ def _global_norm(model: nn.Module, grid: ProcessGrid) -> Tensor:
     square = torch.nn.utils.get_total_norm(counted).square()
     grid.tensor.all_reduce(square)
     return square.sqrt()
+
+
+@contextlib.contextmanager
+def _held_still(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Inside the block a step of the optimizer does nothing."""
+    optimizer.step = lambda closure=None: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        del optimizer.step
 
 
 @contextlib.contextmanager

@@ -28,6 +28,8 @@ class StepOutcome:
     batch: StepBatch
     seconds: float
     """Wall time of the step itself, without callbacks. On a GPU the kernels may still be running."""
+    skipped: bool = False
+    """Whether no weight was changed, since the gradient was not finite."""
 
 
 class Callback:
@@ -53,6 +55,7 @@ def train(engine: TrainingEngine, batches: Batches, start_step: int, callbacks: 
         for callback in callbacks:
             callback.before_step(step + 1)
 
+        engine.grid.liveness.beat()
         began = time.perf_counter()
         learning_rate = learning_rate_at(step, batches.steps, optimizer.learning_rate, schedule)
         engine.set_learning_rate(learning_rate)
@@ -60,7 +63,7 @@ def train(engine: TrainingEngine, batches: Batches, start_step: int, callbacks: 
         cross_entropy = engine.train_batch(batch)
         seconds = time.perf_counter() - began
 
-        outcome = StepOutcome(step + 1, learning_rate, cross_entropy, batch, seconds)
+        outcome = StepOutcome(step + 1, learning_rate, cross_entropy, batch, seconds, engine.step_was_skipped)
         for callback in callbacks:
             callback.after_step(outcome)
         # Every rank must take the same decision, and a signal may have reached only some.

@@ -5,16 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from functools import partial
 
-from megatron_plasticity.capture.dump import check_recipe
+from megatron_plasticity.capture.recipe import check_recipe
 from megatron_plasticity.config.analysis import CaptureConfig
 from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.config.support import unsupported
 from megatron_plasticity.config.training import FinetuneConfig, FinetuneRecipe, PretrainConfig
 from megatron_plasticity.errors import ConfigError, problems_of
-from megatron_plasticity.models.lora import adapter_shapes, import_peft
 from megatron_plasticity.models.sizes import parameter_shapes
 from megatron_plasticity.optim.decay import decay_groups
-from megatron_plasticity.training.batches import finetuning_steps
+from megatron_plasticity.training.duration import finetuning_steps
 
 
 def check_pretraining(config: PretrainConfig) -> None:
@@ -41,10 +40,13 @@ def finetuning_problems(recipe: FinetuneRecipe, model: ModelConfig) -> Iterator[
     yield from unsupported(recipe, model)
     if recipe.max_length > model.context_length:
         yield f"max_length={recipe.max_length} exceeds the base model's context_length={model.context_length}"
-    shapes = parameter_shapes(model) if recipe.lora is None else adapter_shapes(recipe.lora, model)
-    yield from problems_of([partial(decay_groups, shapes, recipe.optimizer, weight_decay=0.0)])
+    shapes = parameter_shapes(model)
     if recipe.lora is not None:
+        from megatron_plasticity.models.lora import adapter_shapes, import_peft  # torch, which other plans need for nothing
+
+        shapes = adapter_shapes(recipe.lora, model)
         yield from problems_of([import_peft])
+    yield from problems_of([partial(decay_groups, shapes, recipe.optimizer, weight_decay=0.0)])
     if recipe.capture is not None:
         yield from _capture_problems(recipe.capture, model)
 

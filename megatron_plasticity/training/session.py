@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import shutil
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,6 @@ from megatron_plasticity.models.checkpoint import (
     ADAPTERS,
     WEIGHTS,
     CheckpointFolder,
-    damaged_checkpoints,
     latest_checkpoint,
     open_checkpoint,
     save_checkpoint,
@@ -29,12 +29,14 @@ from megatron_plasticity.tracking.metrics import MetricLog, read_metrics
 from megatron_plasticity.tracking.progress import Progress
 from megatron_plasticity.tracking.run_folder import RunFolder
 from megatron_plasticity.training.batches import Batches
-from megatron_plasticity.training.callbacks import Checkpoints, Norms, TrainingMetrics
+from megatron_plasticity.training.callbacks import SPIKE, Checkpoints, Norms, TrainingMetrics
 from megatron_plasticity.training.engine import TrainingEngine
 from megatron_plasticity.training.loop import Callback, train
+from megatron_plasticity.training.non_finite import SKIPPED, NonFiniteSteps
 from megatron_plasticity.training.optimizer_state import MOMENTS
 from megatron_plasticity.training.resume import TrainerState, check_continues
 from megatron_plasticity.training.signals import StopSignal
+from megatron_plasticity.training.system_metrics import watched_machine
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,8 @@ class TrainingSession:
     """On the first rank only."""
 
     def run(self, callbacks: list[Callback], progress: Progress) -> None:
-        """Train to the last step. Metrics come first, so that a checkpoint is never ahead of them, and checkpoints last."""
+        """Train to the last step. What may stop a run comes first, then metrics, so that a checkpoint is never ahead of them;
+        checkpoints come last."""
         logging, total = self.recipe.logging, self.batches.steps
 
         def save(step: int) -> None:
@@ -61,14 +64,17 @@ class TrainingSession:
                 callback.before_checkpoint()
             self.save(step)
 
+        losses = [row["train/loss"] for row in read_metrics(self.folder.metrics_path) if "train/loss" in row]
         watchers: list[Callback] = [
-            TrainingMetrics(self.engine, total, logging.every_steps, self.write_row, progress),
+            NonFiniteSteps(self.engine, self.batches.sample_name, self.write_row),
+            TrainingMetrics(self.engine, total, logging.every_steps, self.write_row, progress, losses),
             Norms(self.engine, total, logging.norms_every_steps, self.write_row),
             *callbacks,
             Checkpoints(save, total, self.recipe.checkpoint.every_steps),
         ]
-        with StopSignal() as stop:
-            train(self.engine, self.batches, self.start_step, watchers, stop)
+        machine = watched_machine(self.folder.path, logging.system_every_seconds, self.engine.grid, self.start_step, total)
+        with StopSignal() as stop, self.engine.grid.liveness.watched(), machine as system:
+            train(self.engine, self.batches, self.start_step, [*system, *watchers], stop)
 
     def write_row(self, step: int, values: Mapping[str, float]) -> None:
         assert self.log is not None, "only the first rank writes"
@@ -79,9 +85,12 @@ class TrainingSession:
 
     def results(self) -> dict[str, Any]:
         """What every finished training run puts into results.json; the loss is that of the last step."""
-        losses = [row["train/loss"] for row in read_metrics(self.folder.metrics_path) if "train/loss" in row]
+        rows = read_metrics(self.folder.metrics_path)
+        losses = [row["train/loss"] for row in rows if "train/loss" in row]
         return {
             "train_loss": losses[-1],
+            "skipped_steps": [row["step"] for row in rows if SKIPPED in row],
+            "loss_spikes": [row["step"] for row in rows if SPIKE in row],
             "steps": self.batches.steps,
             "weight_decay": self.engine.groups.weight_decay,
             "checkpoint": f"checkpoints/step-{self.batches.steps}",
@@ -102,7 +111,7 @@ class TrainingSession:
             step, self.batches.steps, self.kind, self.folder.path.name, self.engine.groups, self.recipe, self.data_identity
         )
         path = self.checkpoint_path(step)
-        with explain_disk_errors(path):
+        with explain_disk_errors(path), self.engine.grid.liveness.busy():
             save_checkpoint(path, self.engine.model.config, state.to_json(), tensors)
 
 
@@ -156,7 +165,8 @@ def held(folder: RunFolder, grid: ProcessGrid) -> Iterator[None]:
     if not grid.is_main:
         yield
         return
-    with folder.running(), explain_disk_errors(folder.path):
+    grid.liveness.at_end(folder.mark_failed)
+    with folder.running(), explain_disk_errors(folder.path), grid.liveness.explained():
         for unfinished in (folder.path / "checkpoints").glob(".step-*.tmp"):  # of an attempt that was killed while writing
             shutil.rmtree(unfinished)
         yield
@@ -178,10 +188,12 @@ def _starting_point(folder: RunFolder, recipe: TrainingRecipe, grid: ProcessGrid
 
 
 def _verified_starting_point(folder: RunFolder, recipe: TrainingRecipe) -> Path | None:
-    own = latest_checkpoint(folder.path)
+    damaged: list[str] = []
+    own = latest_checkpoint(folder.path, damaged=damaged)
     if own is not None:
+        for problem in damaged:
+            print(f"warning: {problem}\n  the run goes on from {own.path.name} instead", file=sys.stderr, flush=True)
         return own.path
-    damaged = damaged_checkpoints(folder.path)
     if damaged:
         raise CheckpointError(
             "none of this run's checkpoints can be used:\n  "

@@ -1,4 +1,5 @@
-"""Ctrl-C and SIGTERM: as a wish that the training loop grants at the end of a step, and as an error everywhere else."""
+"""Ctrl-C, SIGTERM and SIGUSR1 (by which Slurm tells that the time is nearly over): as a wish that the training loop grants at the
+end of a step, and as an error everywhere else."""
 
 from __future__ import annotations
 
@@ -9,12 +10,12 @@ from types import FrameType, TracebackType
 
 from megatron_plasticity.errors import Interrupted
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 SECONDS_BEFORE_A_SECOND_CTRL_C = 3.0
 
 
 class StopSignal:
-    """Remembers the first SIGINT or SIGTERM inside a `with` block.
+    """Remembers the first of these signals inside a `with` block.
 
     A launcher passes one Ctrl-C on to its ranks as several signals, so more of them change nothing: only a person who presses
     Ctrl-C again, seconds later, gets what they would have got without us. What cannot wait is SIGKILL.
@@ -41,11 +42,12 @@ class StopSignal:
             raise KeyboardInterrupt
 
 
-def raise_interrupted_on_sigterm() -> None:
-    """Let SIGTERM unwind the stack like Ctrl-C does, so that temporary files go away and states are written."""
+def raise_interrupted_on_signals() -> None:
+    """Let SIGTERM and SIGUSR1 unwind the stack like Ctrl-C does, so that temporary files go away and states are written."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        raise Interrupted("stopped by SIGTERM; run the same command again to go on", number)
+        raise Interrupted(f"stopped by {signal.Signals(number).name}; run the same command again to go on", number)
 
     if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, interrupt)
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, interrupt)

@@ -5,8 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from megatron_plasticity.capture.recipe import check_memory
 from megatron_plasticity.capture.recorder import Recorder
-from megatron_plasticity.capture.statistics import PointStatistics, StreamingStatistics, check_memory, from_tensors, kept_states
+from megatron_plasticity.capture.statistics import PointStatistics, StreamingStatistics, from_tensors, kept_states
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.models.transformer import Transformer
 

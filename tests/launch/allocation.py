@@ -53,7 +53,7 @@ def _batch(model: ModelConfig, recipe: TrainingRecipe, grid: ProcessGrid) -> Ste
     rows = [torch.randint(0, model.vocab_size, (size, model.context_length + 1)) for _ in range(count // size // grid.data_size)]
     tokens = count * model.context_length
     parts = [MicroBatch(row[:, :-1].contiguous(), row[:, 1:].contiguous()) for row in rows]
-    return StepBatch(parts, tokens, tokens, tokens * model.context_length)
+    return StepBatch(parts, tokens, tokens, tokens * model.context_length, [[0] * len(part.inputs) for part in parts])
 
 
 def _live_addresses() -> set[int]:

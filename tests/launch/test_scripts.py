@@ -1,4 +1,4 @@
-"""The shell wrapper: what it starts, and what it says when it is used wrongly."""
+"""The shell wrappers: what they start, and what they say when they are used wrongly."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import os
 import subprocess
 from pathlib import Path
 
+import pytest
 
-def call(repository: Path, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run a copy of the script, beside which there is no environment, with a `deepspeed` that prints its arguments."""
-    script = folder / "launch_scripts" / "deepspeed.sh"
+from megatron_plasticity.launch.slurm import BODY
+
+
+def call(repository: Path, folder: Path, *arguments: str, name: str = "deepspeed") -> subprocess.CompletedProcess[str]:
+    """Run a copy of a script, beside which there is no environment, with a launcher that prints its arguments."""
+    script = folder / "launch_scripts" / f"{name}.sh"
     script.parent.mkdir(exist_ok=True)
-    script.write_text((repository / "launch_scripts" / "deepspeed.sh").read_text())
-    fake = folder / "bin" / "deepspeed"
+    script.write_text((repository / "launch_scripts" / f"{name}.sh").read_text())
+    fake = folder / "bin" / name
     fake.parent.mkdir(exist_ok=True)
     fake.write_text('#!/bin/sh\nprintf "%s\\n" "$@"\n')
     fake.chmod(0o755)
@@ -43,3 +47,38 @@ def test_it_explains_itself(repository: Path, tmp_path: Path) -> None:
     missing = call(repository, tmp_path, "nowhere", "pretrain", "x.yaml")
     assert missing.returncode == 2
     assert "nowhere: no such hostfile" in missing.stderr
+
+
+def test_torchrun_is_started_with_the_place_of_this_node(repository: Path, tmp_path: Path) -> None:
+    ended = call(repository, tmp_path, "2", "1", "node1", "8", "pretrain", "configs/x.yaml", "name=with space", name="torchrun")
+    assert ended.returncode == 0
+    assert " ".join(ended.stdout.splitlines()) == (
+        "--nnodes 2 --node-rank 1 --nproc-per-node 8 --master-addr node1 --master-port 29500 "
+        "--module megatron_plasticity pretrain configs/x.yaml name=with space"
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ((), "NODE_RANK which one this is"),
+        (("2", "x", "node1", "8", "pretrain", "x.yaml"), "error: x: NODES, NODE_RANK and GPUS"),
+    ],
+)
+def test_torchrun_explains_itself(repository: Path, tmp_path: Path, arguments: tuple[str, ...], said: str) -> None:
+    ended = call(repository, tmp_path, *arguments, name="torchrun")
+    assert ended.returncode == 2
+    assert said in ended.stderr
+
+
+def test_the_slurm_script_ends_as_the_one_that_launch_writes(repository: Path) -> None:
+    """Whose behaviour tests/launch/test_slurm.py shows."""
+    script = (repository / "launch_scripts" / "slurm.sbatch").read_text()
+    assert script.endswith(BODY)
+    assert "#SBATCH --signal=B:USR1@300" in script
+
+
+def test_the_slurm_script_explains_itself(repository: Path) -> None:
+    ended = subprocess.run(["bash", repository / "launch_scripts" / "slurm.sbatch"], capture_output=True, text=True, timeout=30)
+    assert ended.returncode == 2
+    assert "usage: sbatch [OPTIONS] launch_scripts/slurm.sbatch" in ended.stderr

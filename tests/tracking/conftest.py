@@ -38,7 +38,8 @@ def make_config() -> Callable[..., PretrainConfig]:
 
 
 @pytest.fixture(scope="session")
-def _template_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def template_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An empty, migrated store; to be copied."""
     from mlflow import MlflowClient
 
     path = tmp_path_factory.mktemp("store") / "mlflow.db"
@@ -47,10 +48,10 @@ def _template_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def store(_template_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def store(template_store: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder whose default store `mlflow.db` is there and empty: making one costs 9 s, copying one nothing."""
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     folder = tmp_path / "runs"
     folder.mkdir()
-    shutil.copy(_template_store, folder / "mlflow.db")
+    shutil.copy(template_store, folder / "mlflow.db")
     return folder

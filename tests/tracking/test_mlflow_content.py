@@ -93,8 +93,8 @@ def test_a_pretraining_run_names_its_corpus(tmp_path: Path, make_config: Callabl
     ("optimizer", "weight_decay"),
     [
         ({"learning_rate": 1e-3, "weight_decay": 0.5}, "0.5"),
-        ({"learning_rate": 0.01, "adamw_timescale": 0.5}, str(1 / (0.01 * 0.5 * 30))),
-        ({"learning_rate": 0.01, "adamw_timescale": math.inf}, "0.0"),
+        ({"learning_rate": 0.01, "adamw_timescale": 0.5}, "6.66667"),
+        ({"learning_rate": 0.01, "adamw_timescale": math.inf}, "0"),
     ],
 )
 def test_weight_decay_is_a_tag_however_it_was_stated(
@@ -126,51 +126,65 @@ class TestCursor:
 
     def test_takes_each_line_once_and_waits_for_torn_ones(self, tmp_path: Path) -> None:
         path, cursor = tmp_path / "metrics.jsonl", Cursor("r")
-        assert cursor.take_new(path) == []
+        assert cursor.take_new(tmp_path) == []
         with MetricLog(path) as log:
             log.write(1, {"a": 1.0})
-            assert self.names_and_steps(cursor.take_new(path)) == [("a", 1)]
-            assert cursor.take_new(path) == []
+            assert self.names_and_steps(cursor.take_new(tmp_path)) == [("a", 1)]
+            assert cursor.take_new(tmp_path) == []
             log.write(1, {"b": 2.0})  # same step, another metric, later
             log.write(2, {"a": 3.0, "b": math.inf})
         with path.open("a") as file:
             file.write('{"step": 3, "a"')
-        assert self.names_and_steps(cursor.take_new(path)) == [("b", 1), ("a", 2), ("b", 2)]
+        assert self.names_and_steps(cursor.take_new(tmp_path)) == [("b", 1), ("a", 2), ("b", 2)]
         with path.open("a") as file:
             file.write(': 4.0, "time": 1.0, "note": "x", "flag": true}\n')
-        assert cursor.take_new(path) == [Measurement("a", 4.0, 1.0, 3)]
+        assert cursor.take_new(tmp_path) == [Measurement("a", 4.0, 1.0, 3)]
 
     def test_survives_writing_and_reading(self, tmp_path: Path) -> None:
         with MetricLog(tmp_path / "metrics.jsonl") as log:
             log.write(1, {"a": 1.0})
         cursor = Cursor("r")
-        cursor.take_new(tmp_path / "metrics.jsonl")
+        cursor.take_new(tmp_path)
         cursor.write(tmp_path)
         assert Cursor.read(tmp_path) == cursor
         (tmp_path / "mlflow.json").write_text("{torn")
         assert Cursor.read(tmp_path) is None
 
-    def test_replayed_steps_are_not_new_however_the_file_was_rewritten(self, tmp_path: Path) -> None:
+    def test_of_a_rewritten_file_only_the_store_knows_what_is_new(self, tmp_path: Path) -> None:
         path, cursor = tmp_path / "metrics.jsonl", Cursor("r")
         with MetricLog(path) as log:
-            for step in (1, 2, 3, 4):
+            for step in (10, 20, 30):
                 log.write(step, {"a": float(step)})
-        cursor.take_new(path)
-        with MetricLog(path, 2) as log:  # resumed at step 2
-            log.write(3, {"a": 33.0})
-            assert cursor.take_new(path) == []
-            log.write(4, {"a": 44.0, "b": 4.0})
-            log.write(5, {"a": 5.0})
-        assert self.names_and_steps(cursor.take_new(path)) == [("b", 4), ("a", 5)]
+        cursor.take_new(tmp_path)
+        assert cursor.goes_on(tmp_path)
+        with MetricLog(path, 20) as log:  # resumed at step 20, with rows twice as often
+            assert not cursor.goes_on(tmp_path)
+            for step in (25, 30, 35):
+                log.write(step, {"a": float(step), "b": 1.0})
+        new = Cursor("r").take_new(tmp_path, known={"a": {10, 20, 30}})
+        assert sorted(self.names_and_steps(new)) == [("a", 25), ("a", 35), ("b", 25), ("b", 30), ("b", 35)]
+
+    def test_reads_the_files_of_all_hosts(self, tmp_path: Path) -> None:
+        cursor = Cursor("r")
+        for name in ("metrics.jsonl", "system.jsonl", "system-node2.jsonl"):
+            with MetricLog(tmp_path / name) as log:
+                log.write(1, {name.partition(".")[0]: 1.0})
+        assert self.names_and_steps(cursor.take_new(tmp_path)) == [("metrics", 1), ("system-node2", 1), ("system", 1)]
+        with MetricLog(tmp_path / "system-node2.jsonl", 1) as log:
+            log.write(2, {"system-node2": 1.0})
+        assert cursor.goes_on(tmp_path)
+        assert self.names_and_steps(cursor.take_new(tmp_path)) == [("system-node2", 2)]
+        (tmp_path / "system.jsonl").unlink()
+        assert not cursor.goes_on(tmp_path)
 
     def test_a_damaged_line_is_named_by_its_number_in_the_file(self, tmp_path: Path) -> None:
         path, cursor = tmp_path / "metrics.jsonl", Cursor("r")
         path.write_text('{"step": 1, "a": 1.0}\n{"step": 2, "a": 1.0}\n')
-        cursor.take_new(path)
+        cursor.take_new(tmp_path)
         with path.open("a") as file:
             file.write("garbage\n")
         with pytest.raises(UserError, match=r"metrics\.jsonl, line 3"):
-            cursor.take_new(path)
+            cursor.take_new(tmp_path)
 
 
 class TestStoreAddress:

@@ -489,6 +489,8 @@ class TestBackground:
         release = threading.Event()
 
         class Hanging:
+            answers = 0
+
             def sync(self, folder: Path, over: bool = True) -> None:
                 release.wait()
 
@@ -505,6 +507,8 @@ class TestBackground:
         calls: list[bool] = []
 
         class Broken:
+            answers = 0
+
             def sync(self, folder: Path, over: bool = True) -> None:
                 calls.append(over)
                 raise KeyError("a defect of ours")
@@ -533,7 +537,7 @@ class TestModels:
         from megatron_plasticity.evaluation.samples import SCHEMA, write_samples
 
         with folder.running():
-            folder.mark_done({"held_out_loss": 3.5})
+            folder.mark_done({"held_out_loss": 3.5, "checkpoint": "checkpoints/step-9"})
         config = EvaluateConfig.model_validate({"name": "e", "run": str(folder.path), "tasks": [{"name": "arithmetic"}]})
         evaluation = RunFolder.create(store, "evaluate", "e", config, {"model": folder.hash})
         earlier = RunFolder.create(store, "evaluate", "earlier", config, {"model": f"{folder.hash}@5"})
@@ -580,7 +584,7 @@ class TestModels:
 
             write_samples(evaluation.path / "samples.parquet", [dict.fromkeys(SCHEMA.names)])
             evaluation.mark_done({"tasks": {"arithmetic": {"questions": 3}}})
-        monkeypatch.setattr(MlflowClient, "log_table", refuse)
+        monkeypatch.setattr(MlflowClient, "log_text", refuse)
         with pytest.raises(UserError, match="no such bucket"):
             MlflowMirror(store, EXPERIMENT).sync(evaluation.path)
         run = Store(store).only()

@@ -176,7 +176,9 @@ def step_batch(
         length = max([0, *(targets[rows] != IGNORE).any(dim=0).nonzero().flatten().tolist()]) + 1
         columns = slice(-(-length // multiple) * multiple)
         micro_batches.append(MicroBatch(inputs[rows, columns].contiguous(), targets[rows, columns].contiguous()))
-    return StepBatch(micro_batches, int((targets != IGNORE).sum()), inputs.numel(), inputs.numel() * inputs.shape[1])
+    samples = [list(range(len(micro_batch.inputs))) for micro_batch in micro_batches]
+    squares = inputs.numel() * inputs.shape[1]
+    return StepBatch(micro_batches, int((targets != IGNORE).sum()), inputs.numel(), squares, samples)
 
 
 def whole(tensors: Iterable[tuple[str, Tensor | None]]) -> dict[str, Tensor]:

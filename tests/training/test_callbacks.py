@@ -30,7 +30,7 @@ def row_of(monkeypatch: pytest.MonkeyPatch, lengths: tuple[int, ...], adapters: 
     )
     rows: list[dict[str, float]] = []
     metrics = TrainingMetrics(engine, 2, 2, lambda step, row: rows.append(dict(row)), NoProgress())
-    batch = StepBatch([], sum(lengths), sum(lengths), sum(length**2 for length in lengths))
+    batch = StepBatch([], sum(lengths), sum(lengths), sum(length**2 for length in lengths), [])
     for step in (1, 2):
         metrics.after_step(StepOutcome(step, 0.1, torch.tensor(1.0), batch, SECONDS))
     return rows[0]

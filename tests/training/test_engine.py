@@ -97,7 +97,7 @@ def test_without_gradients_weights_only_decay(zero_stage: int, precision: str) -
         for _ in range(10):
             engine.set_learning_rate(0.01)
             nothing = MicroBatch(inputs, torch.full_like(targets, IGNORE))
-            engine.train_batch(StepBatch([nothing], target_tokens=1, input_tokens=1, squared_lengths=1))
+            engine.train_batch(StepBatch([nothing], target_tokens=1, input_tokens=1, squared_lengths=1, samples=[[0]]))
         after = whole(engine.full_weights())
         engine.close()
     for name in before:

@@ -154,7 +154,9 @@ def test_a_run_that_is_done_is_not_done_again(pretrain_config: Make) -> None:
     assert (folder.path / "results.json").stat().st_mtime_ns == written
 
 
-def test_a_half_written_checkpoint_is_passed_over(pretrain_config: Make, tmp_path: Path) -> None:
+def test_a_half_written_checkpoint_is_passed_over(
+    pretrain_config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     undisturbed = pretrain(pretrain_config({"output": str(tmp_path / "a")}), NoProgress())
     config = pretrain_config({"output": str(tmp_path / "b")})
     with pytest.raises(Interrupted):
@@ -163,6 +165,9 @@ def test_a_half_written_checkpoint_is_passed_over(pretrain_config: Make, tmp_pat
     weights = checkpoint / "weights-00001.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     resumed = pretrain(config, NoProgress())
+    warning = capsys.readouterr().err
+    assert "step-10: weights-00001.safetensors is not what was written" in warning
+    assert "goes on from step-5" in warning
     assert rows_without_time(resumed) == rows_without_time(undisturbed)
 
 
@@ -290,8 +295,8 @@ def test_a_hook_point_that_does_not_exist_stops_before_the_first_step(pretrain_c
     assert not pretrain_folder(config).checkpoints()
 
 
-def test_a_loss_that_is_not_finite_stops_the_run(pretrain_config: Make) -> None:
-    with pytest.raises(UserError, match=r"training loss became nan.*lower the learning rate"):
+def test_a_run_that_diverges_stops(pretrain_config: Make) -> None:
+    with pytest.raises(UserError, match=r"step 2: the gradient is not finite.*Lower the learning rate"):
         pretrain(pretrain_config({"optimizer": {"learning_rate": 1e20, "gradient_clip": 0.0}}), NoProgress())
 
 
@@ -299,18 +304,6 @@ def test_capture_does_not_change_training(pretrain_config: Make, tmp_path: Path)
     without = pretrain(pretrain_config({"output": str(tmp_path / "a")}), NoProgress())
     with_capture = pretrain(pretrain_config({"output": str(tmp_path / "b"), "capture": {"steps": [0, 3]}}), NoProgress())
     assert rows_without_time(with_capture) == rows_without_time(without)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_a_step_that_deepspeed_would_skip_is_an_error(pretrain_config: Make, zero_stage: int, precision: str) -> None:
-    """It would leave out Adam and the decay, and go on."""
-    changes = {
-        "engine": {"zero_stage": zero_stage, "precision": precision},
-        "optimizer": {"learning_rate": 1e25, "gradient_clip": 0.0},
-    }
-    with pytest.raises(UserError, match=r"not finite|training loss became"):
-        pretrain(pretrain_config(changes), NoProgress())
 
 
 def pretrain_on_a_rank(config: PretrainConfig) -> str:

@@ -97,7 +97,7 @@ class _Evidence:
         return cls(
             group=group,
             found=found,
-            setting=_setting(group.models),
+            setting=setting_of(group.models),
             losses=unpaired if paired is None else _losses(paired),
             gaps=unpaired if paired is None else Curve(paired.weight_decays, paired.gap, paired.resampled_gap),
             scores=None if mean is None else _scores(mean),
@@ -118,12 +118,12 @@ def _of_group(each: _Evidence, results: StudyResults) -> Iterator[Assertion]:
     yield worse_loss_better_score(each.losses, each.scores)
     # The paper's trends inside the models, and its orders of λ, are of the useful range: those as strong as A8's 10 are left out.
     useful = _useful(each)
-    yield probes_rise(_accuracies(useful))
+    yield probes_rise(probe_accuracies(useful))
     head_dim = next(
         (size for model in useful if model.attention and (size := number(model.attention.results.get("head_dim")))), None
     )
     settings = bootstrap_settings(results.config)
-    yield pseudo_rank_falls(_ranks(useful, "qk", settings), _ranks(useful, "vp", settings), head_dim)
+    yield pseudo_rank_falls(pseudo_ranks(useful, "qk", settings), pseudo_ranks(useful, "vp", settings), head_dim)
     yield gap_falls(each.gaps)
     yield flat_below_and_collapse_above(each.losses, each.scores, each.setting, _chance(each))
     paths = {path for point in results.variants.values() for path in point}
@@ -135,7 +135,8 @@ def _of_group(each: _Evidence, results: StudyResults) -> Iterator[Assertion]:
     yield correlation_is_unstable(curve(list(losses), list(losses.values())) if losses else None, each.scores)
 
 
-def _setting(models: Sequence[BaseModel]) -> Setting:
+def setting_of(models: Sequence[BaseModel]) -> Setting:
+    """What the base models of a group have in common; size and length only where all models have the same."""
     known = [
         (size, tokens / size)
         for model in models
@@ -154,7 +155,7 @@ def _useful(each: _Evidence) -> list[BaseModel]:
     return [model for model in each.group.models if model.weight_decay not in collapsed]
 
 
-def _accuracies(models: Sequence[BaseModel]) -> dict[str, dict[int, Curve]] | str:
+def probe_accuracies(models: Sequence[BaseModel]) -> dict[str, dict[int, Curve]] | str:
     """Data set → layer → accuracy over λ, mean over seeds, of standardised features; or why there is none. The embedding is no
     layer."""
     found: dict[str, dict[int, dict[float, float]]] = {}
@@ -177,7 +178,7 @@ def _accuracies(models: Sequence[BaseModel]) -> dict[str, dict[int, Curve]] | st
     }
 
 
-def _ranks(models: Sequence[BaseModel], matrix: str, settings: tuple[int, int]) -> Curve | str:
+def pseudo_ranks(models: Sequence[BaseModel], matrix: str, settings: tuple[int, int]) -> Curve | str:
     """Pseudo-rank over λ, mean over the heads of all layers, which are resampled; or why there is none."""
     heads: dict[float, list[float]] = {}
     for model in models:

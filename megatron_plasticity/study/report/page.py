@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping
@@ -12,7 +11,6 @@ from pathlib import Path, PurePath
 from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from megatron_plasticity.config.files import write_json_atomic, write_text_atomic
 from megatron_plasticity.study.report import tables
@@ -31,6 +29,7 @@ from megatron_plasticity.study.report.finetuning_tables import (
     seed_records,
     step_tables,
 )
+from megatron_plasticity.study.report.html import render_template
 from megatron_plasticity.study.report.limits import limits
 from megatron_plasticity.study.report.loss_tables import model_table, paired_loss_caption, paired_loss_table
 from megatron_plasticity.study.report.plasticity_tables import LEGEND, TitledTable, plasticity_tables
@@ -39,8 +38,6 @@ from megatron_plasticity.study.report.tables import Table
 from megatron_plasticity.study.results import BASE_KINDS, Group, StudyResults, collect
 from megatron_plasticity.study.scores import number
 
-_CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
-"""Characters that HTML forbids, which a model may well write."""
 _PACKAGES = ("megatron-plasticity", "torch", "deepspeed", "transformers", "tokenizers", "numpy")
 
 
@@ -97,14 +94,7 @@ def render_page(results: StudyResults, findings: list[Findings], assertions: Stu
             _group_view(results, group, found, Draughtsman(group, palette, f"group{index}"))
             for index, (group, found) in enumerate(zip(results.groups, findings, strict=True))
         ]
-    environment = Environment(
-        loader=PackageLoader("megatron_plasticity.study.report", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-    )
-    html = environment.get_template("template.html.jinja").render(_context(results, groups, assertions, palette))
-    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", html)
+    return render_template("template.html.jinja", _context(results, groups, assertions, palette))
 
 
 def _group_view(results: StudyResults, group: Group, found: Findings, draughtsman: Draughtsman) -> GroupView:
@@ -168,7 +158,7 @@ def _context(results: StudyResults, groups: list[GroupView], assertions: StudyAs
         "config": _yaml(results.config),
         "corpus": _yaml(results.corpus) if results.corpus else "",
         "report_folder": shlex.quote(str(PurePath(str(results.config.get("output") or "runs")) / results.name)),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -219,7 +209,8 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
-def _versions() -> str:
+def versions() -> str:
+    """The packages that decide results, as they are where the report is written."""
     found = []
     for package in _PACKAGES:
         try:

@@ -34,9 +34,21 @@ class WeightDecayAxis:
         """Horizontal position of λ."""
         return self._positions[weight_decay]
 
-    def line(self, axes: Axes, weight_decays: Sequence[float], values: Sequence[float], *, style: str = "-", **look: Any) -> None:
-        """A line over ascending λ; the piece from λ = 0 across the break is dotted, since the axis has no scale there."""
-        points = [(self(decay), value) for decay, value in zip(weight_decays, values, strict=True)]
+    def line(
+        self,
+        axes: Axes,
+        weight_decays: Sequence[float],
+        values: Sequence[float],
+        *,
+        style: str = "-",
+        shift: float = 0.0,
+        **look: Any,
+    ) -> None:
+        """A line over ascending λ; the piece from λ = 0 across the break is dotted, since the axis has no scale there.
+
+        `shift` moves it to the right, in units of the axis, which are decades.
+        """
+        points = [(self(decay) + shift, value) for decay, value in zip(weight_decays, values, strict=True)]
         start = 1 if weight_decays and weight_decays[0] == 0.0 else 0
         axes.plot([x for x, _ in points[start:]], [y for _, y in points[start:]], style, **look)
         if start and len(points) > 1:

@@ -1,0 +1,59 @@
+"""What a process does first when a launcher has started it, and last.
+
+Under our own launch it takes the environment that its launch has left for it, and writes down where it runs and how it ends.
+Under Slurm's `srun` it learns its rank from Slurm's variables.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator, MutableMapping
+from contextlib import contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+
+from megatron_plasticity.errors import UserError
+from megatron_plasticity.launch.folder import LaunchFolder, RankRecord
+from megatron_plasticity.launch.slurm import rank_environment
+from megatron_plasticity.tracking.process import host_name, process_start
+
+LAUNCH_FOLDER = "MEGATRON_PLASTICITY_LAUNCH"
+"""Variable that names the folder of the launch that a rank belongs to."""
+
+
+@contextmanager
+def launched_rank(environment: MutableMapping[str, str]) -> Iterator[None]:
+    """Be a rank of whatever launched this process during the block; without a launcher nothing happens.
+
+    Ends the process if the launch was stopped before it got here, or has left nothing that can be read.
+    """
+    environment.update(rank_environment(environment))
+    # Taken out: what this process starts is no rank of the launch.
+    path, rank = environment.pop(LAUNCH_FOLDER, None), environment.get("RANK")
+    if path is None or rank is None:
+        yield
+        return
+    folder = LaunchFolder(Path(path))
+    try:
+        environment.update(folder.environment())
+    except UserError as error:
+        print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
+    record = RankRecord(int(rank), host_name(), os.getpid(), process_start(os.getpid()))
+    with suppress(OSError):  # a full disk is for the run to report
+        folder.record(record)
+    if (number := folder.stop_signal) is not None:
+        print(f"error (rank {rank}): stopped before it began", file=sys.stderr, flush=True)
+        sys.exit(128 + number)
+    code = 1
+    try:
+        yield
+        code = 0
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+        raise
+    finally:
+        with suppress(OSError, UserError):  # the exit code itself matters more
+            folder.record(replace(record, exit_code=code, ended=time.time()))

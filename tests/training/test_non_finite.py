@@ -1,0 +1,135 @@
+"""A gradient that is not finite: no weight changes on any process, the samples are named, the run stops or goes on by policy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from megatron_plasticity.config.training import PretrainConfig
+from megatron_plasticity.data.stream import sample_order, training_blocks
+from megatron_plasticity.errors import UserError
+from megatron_plasticity.models.checkpoint import open_checkpoint
+from megatron_plasticity.models.loss import TokenLoss
+from megatron_plasticity.tracking.metrics import read_metrics
+from megatron_plasticity.tracking.progress import NoProgress
+from megatron_plasticity.training import engine as engine_module
+from megatron_plasticity.training.engine import TrainingEngine
+from megatron_plasticity.training.loop import StepOutcome
+from megatron_plasticity.training.non_finite import MOST_IN_A_ROW, NonFiniteSteps
+from megatron_plasticity.training.pretrain import pretrain, pretrain_folder
+from tests.ranks import run_on_ranks
+
+Make = Callable[..., PretrainConfig]
+STEP = 3
+"""The step, counted from 1, that is spoilt."""
+
+
+def block_to_spoil(config: PretrainConfig) -> int:
+    """The last sample of the step: with two ranks the second rank's."""
+    reader = training_blocks(config.data, config.model.context_length)
+    size = config.batch.global_batch_size
+    return int(sample_order(config.data, reader).blocks((STEP - 1) * size, STEP * size)[-1])
+
+
+def spoil_loss_of(config: PretrainConfig, block: int, set_attribute: Callable[[Any, str, Any], None]) -> None:
+    """From now on the loss of this block is not a number, wherever it is computed."""
+    targets_of_block = torch.as_tensor(training_blocks(config.data, config.model.context_length).batch([block])[1])[0]
+    true_loss = engine_module.TrainingEngine._scaled_loss
+
+    def scaled_loss(self: TrainingEngine, losses: TokenLoss, targets: Tensor) -> Tensor:
+        spoilt = (targets == targets_of_block).all(dim=-1, keepdim=True)
+        cross_entropy = losses.cross_entropy * torch.where(spoilt, float("nan"), 1.0)
+        return true_loss(self, losses._replace(cross_entropy=cross_entropy), targets)
+
+    set_attribute(TrainingEngine, "_scaled_loss", scaled_loss)
+
+
+def train_spoilt(config: PretrainConfig) -> str:
+    """On a rank; the message it ended with."""
+    spoil_loss_of(config, block_to_spoil(config), setattr)
+    try:
+        pretrain(config, NoProgress())
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+@pytest.mark.parametrize(("zero_stage", "precision"), [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "bf16"), (3, "fp32")])
+def test_a_spoilt_sample_stops_the_run_before_a_weight_changes(
+    pretrain_config: Make, zero_stage: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = {"zero_stage": zero_stage, "precision": precision}
+    config = pretrain_config({"engine": engine, "checkpoint": {"every_steps": STEP - 1}})
+    block = block_to_spoil(config)
+    spoil_loss_of(config, block, monkeypatch.setattr)
+    weights: list[dict[str, Tensor]] = []
+    after_step = NonFiniteSteps.after_step
+
+    def note_weights(self: NonFiniteSteps, outcome: StepOutcome) -> None:
+        weights.append({name: weight.clone() for name, weight in self._engine.full_weights() if weight is not None})
+        after_step(self, outcome)
+
+    monkeypatch.setattr(NonFiniteSteps, "after_step", note_weights)
+    with pytest.raises(UserError, match=rf"step {STEP}: .*no weight was changed.* block {block} \(.*rank 0\).*non_finite=skip"):
+        pretrain(config, NoProgress())
+    saved = open_checkpoint(pretrain_folder(config).path)
+    assert saved.step == STEP - 1
+    assert len(weights) == STEP
+    for name, weight in saved.tensors().items():
+        assert torch.equal(weights[-1][name], weight), name
+
+
+@pytest.mark.parametrize(("zero_stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
+def test_a_skipped_step_is_as_if_it_had_not_been(
+    pretrain_config: Make, tmp_path: Path, zero_stage: int, precision: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """Neither Adam's moments and step count nor the decay are touched: equal to a run in which that step is left out by hand."""
+    engine = {"zero_stage": zero_stage, "precision": precision}
+    config = pretrain_config({"engine": {**engine, "non_finite": "skip"}, "output": str(tmp_path / "skipped")})
+    with monkeypatch.context() as patch:
+        spoil_loss_of(config, block_to_spoil(config), patch.setattr)
+        skipped = pretrain(config, NoProgress())
+    assert skipped.results["skipped_steps"] == [STEP]
+    assert "the step is skipped" in capsys.readouterr().err
+    rows = [row for row in read_metrics(skipped.metrics_path) if row["step"] == STEP]
+    assert any(row.get("train/step_skipped") == 1.0 for row in rows)
+    assert not any("train/loss" in row for row in rows)
+
+    true_train_batch = TrainingEngine.train_batch
+    taken = 0
+
+    def leave_one_out(self: TrainingEngine, batch: Any) -> Tensor:
+        nonlocal taken
+        taken += 1
+        return torch.zeros((), dtype=torch.float64) if taken == STEP else true_train_batch(self, batch)
+
+    monkeypatch.setattr(TrainingEngine, "train_batch", leave_one_out)
+    by_hand = pretrain(pretrain_config({"engine": engine, "output": str(tmp_path / "by_hand")}), NoProgress())
+    for group in ("weights", "exp_avg", "exp_avg_sq"):
+        expected = open_checkpoint(by_hand.path).tensors(group)
+        for name, tensor in open_checkpoint(skipped.path).tensors(group).items():
+            assert torch.equal(tensor, expected[name]), (group, name)
+
+
+def test_a_model_that_only_skips_has_diverged(pretrain_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = pretrain_config({"engine": {"non_finite": "skip"}, "steps": MOST_IN_A_ROW + 5})
+    monkeypatch.setattr(TrainingEngine, "_scaled_loss", lambda self, losses, targets: losses.cross_entropy.sum() * float("nan"))
+    with pytest.raises(UserError, match=rf"step {MOST_IN_A_ROW + 1}: .*So were the {MOST_IN_A_ROW} steps before it"):
+        pretrain(config, NoProgress())
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("layout", [{}, {"tensor": 2}, {"pipeline": 2}])
+def test_one_rank_stops_all_with_the_same_words(pretrain_config: Make, tmp_path: Path, layout: dict[str, int]) -> None:
+    changes = {"batch": {"micro_batch_size": 1}, "parallel": layout, "engine": {"zero_stage": 1}}
+    config = pretrain_config(changes)
+    first, second = run_on_ranks(2, train_spoilt, config, log=tmp_path / "log")
+    assert first == second
+    rank = 0 if layout else 1
+    assert f"block {block_to_spoil(config)} (data-parallel rank {rank})" in first
+    assert pretrain_folder(config).state.status == "failed"
