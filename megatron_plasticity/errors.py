@@ -26,16 +26,23 @@ class CheckpointError(UserError):
 class Interrupted(UserError):
     """The run was asked to stop (Ctrl-C, SIGTERM, SIGUSR1) and has saved what it needs to go on."""
 
-    def __init__(self, message: str, signal_number: int) -> None:
+    def __init__(self, message: str, signal_number: int, by_all: bool = False) -> None:
+        """`by_all`: every process of the job has agreed to stop."""
         super().__init__(message)
         self.exit_code = 128 + signal_number
+        self.by_all = by_all
 
 
 class LostProcess(UserError):
-    """Another process of the job is gone or hangs, so that this one cannot go on; the same command goes on from the latest
-    checkpoint. Its exit code is that of a failure which may not come again (EX_TEMPFAIL of sysexits.h)."""
+    """Another process of the job failed, is gone or hangs, so that this one cannot go on; the same command goes on from the
+    latest checkpoint. The exit code is that of the process that failed; of one that is gone or hangs, that of a failure which may
+    not come again (EX_TEMPFAIL of sysexits.h)."""
 
     exit_code = 75
+
+    def __init__(self, message: str, exit_code: int = exit_code) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 def problems_of(checks: Iterable[Callable[[], object]]) -> list[str]:

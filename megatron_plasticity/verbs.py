@@ -118,9 +118,12 @@ def plan(arguments: Namespace) -> None:
     from megatron_plasticity.config.deepspeed import check_engine
     from megatron_plasticity.config.load import load_config
     from megatron_plasticity.config.training import PretrainConfig
+    from megatron_plasticity.errors import UserError
     from megatron_plasticity.launch.hardware import Hardware, Links, device_named
     from megatron_plasticity.launch.plan import Machine, assumptions_page, plan_page
 
+    if arguments.assumptions and arguments.mfu is not None:
+        raise UserError("--assumptions: with --mfu nothing is predicted from them; leave one of the two out")
     hardware = Hardware(device_named(arguments.gpu), Links(arguments.gpus_per_node, arguments.network))
     memory = hardware.device.gibibytes if arguments.memory is None else arguments.memory
     machine = Machine(memory, hardware=hardware) if arguments.mfu is None else Machine(memory, arguments.mfu)

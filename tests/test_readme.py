@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from megatron_plasticity.cli import main
+from megatron_plasticity.cli import _parsed, main
 from megatron_plasticity.config.load import load_config
 from megatron_plasticity.config.study import StudyConfig
+from megatron_plasticity.config.training import PretrainConfig
+from megatron_plasticity.launch.job import LaunchedJob
 from megatron_plasticity.study.plan import check_study
 
 README = Path(__file__).resolve().parents[1] / "README.md"
@@ -38,7 +40,20 @@ def test_there_are_commands() -> None:
     }
 
 
-@pytest.mark.parametrize("words", [words for words in OURS if any(word.endswith(".yaml") for word in words)], ids=" ".join)
+@pytest.mark.parametrize("words", [words for words in OURS if words[0] == "launch"], ids=" ".join)
+def test_a_launch_is_understood(words: list[str], repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would ask machines that are not here; its parts are understood, and its config loads."""
+    monkeypatch.chdir(repository)
+    parsed = _parsed(words)
+    assert (parsed.hostfile is not None) != parsed.slurm
+    job = LaunchedJob.load(parsed.verb, parsed.config, parsed.overrides)
+    assert isinstance(job.config, PretrainConfig)
+    assert job.config.weight_decay == 1.0
+
+
+@pytest.mark.parametrize(
+    "words", [words for words in OURS if words[0] != "launch" and any(word.endswith(".yaml") for word in words)], ids=" ".join
+)
 def test_a_command_with_a_config_is_right(
     words: list[str], repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,6 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cached_property
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -61,6 +62,7 @@ PHASES = {
     "a capture": ("megatron_plasticity.training.activations", "Capture.after_step"),
     "the last words": ("megatron_plasticity.tracking.run_folder", "RunFolder.mark_done"),
 }
+ON_TWO_RANKS = {"batch": {"global_batch_size": 8, "micro_batch_size": 2}}
 PRELOAD = ["megatron_plasticity.training.pretrain", "megatron_plasticity.evaluation.job"]
 
 
@@ -249,6 +251,10 @@ class Chaos:
             }
         )
 
+    @cached_property
+    def undisturbed_on_two_ranks(self) -> Mapping[str, Any]:
+        return outcome(self.finish(self.config("two-ranks", **ON_TWO_RANKS), ranks=2))
+
     @property
     def corpus(self) -> Path:
         return next((self.folder / "corpus").glob("chaos-*"))
@@ -308,6 +314,15 @@ def ended(processes: list[BaseProcess], seconds: float) -> list[int]:
             process.kill()
             process.join()
     return [process.exitcode or 0 for process in processes]
+
+
+def wait_for(config: Any, file: str, processes: list[BaseProcess], seconds: float = 120.0) -> None:
+    """Wait until the run folder has such a file."""
+    deadline = time.monotonic() + seconds
+    while not list(Path(config.output).glob(f"pretrain-chaos-*/{file}")):
+        expect(all(process.exitcode is None for process in processes), f"it ended by itself\n{log_of(config)[-1500:]}")
+        expect(time.monotonic() < deadline, f"no {file} after {seconds:.0f} s")
+        time.sleep(0.01)
 
 
 def folder_of(config: Any) -> RunFolder:
@@ -418,6 +433,7 @@ def kills_of_evaluations(chaos: Chaos, undisturbed: Mapping[str, Any]) -> str:
         return process.exitcode != 0
 
     landed = sum(_side_by_side(trial, list(enumerate(delays))))
+    expect(landed >= 0.6 * len(delays), f"only {landed} of {len(delays)} kills came before the end")
     return f"{landed} kills landed, of {len(delays)}; scores and samples equal"
 
 
@@ -433,7 +449,6 @@ def signals(chaos: Chaos, undisturbed: Mapping[str, Any]) -> str:
         expect(folder.state.status == "interrupted", f"{number.name}: the state is {folder.state.status}")
         expect((folder.path / "checkpoints" / "step-7" / "COMPLETE").is_file(), f"{number.name}: no checkpoint of its step")
         seen.append(f"{number.name} {time.monotonic() - began:.1f} s")
-        shutil.rmtree(folder.path / "checkpoints" / "step-7-aside", ignore_errors=True)
         found = outcome(chaos.finish(config))
         compare(undisturbed, {key: value for key, value in found.items() if not key.startswith("checkpoints/step-7/")})
     return f"saved, ended, went on equal; from start to end: {', '.join(seen)}"
@@ -476,21 +491,32 @@ def damaged_checkpoints(chaos: Chaos, undisturbed: Mapping[str, Any]) -> str:
 
 def non_finite(chaos: Chaos, undisturbed: Mapping[str, Any]) -> str:
     """A loss that is not a number on one of two ranks: all stop with one message, or all skip the step."""
-    changes = {"batch": {"global_batch_size": 8, "micro_batch_size": 2}}
     disturbance = ("spoil_loss", {"step": 5, "rank": 1})
-    stopping = chaos.config("nan-stop", **changes)
+    stopping = chaos.config("nan-stop", **ON_TWO_RANKS)
     codes = chaos.run(stopping, disturbance, ranks=2, seconds=SECONDS_TO_END)
     expect(codes == [UserError.exit_code] * 2, f"exit codes {codes}\n{log_of(stopping)[-1500:]}")
     error = folder_of(stopping).state.error or ""
     expect("step 5" in error and "(data-parallel rank 1)" in error, f"the message names no sample: {error}")
     expect(folder_of(stopping).checkpoints()[-1].name == "step-4", "something was saved after the step")
-    skipping = chaos.config("nan-skip", **changes, engine={"zero_stage": 1, "precision": "fp32", "non_finite": "skip"})
+    engine = {"zero_stage": 1, "precision": "fp32", "non_finite": "skip"}
+    skipping = chaos.config("nan-skip", **ON_TWO_RANKS, engine=engine)
     # The spoilt sequence returns in no other step: the corpus is longer than the run.
     codes = chaos.run(skipping, disturbance, ranks=2)
     expect(codes == [0, 0], f"exit codes {codes}\n{log_of(skipping)[-1500:]}")
     skipped = folder_of(skipping).results["skipped_steps"]
     expect(skipped == [5], f"skipped {skipped}")
-    return f"stopped on both ranks: “{error.split('. ')[1]}”; or skipped on both"
+    # A run that goes on from a checkpoint after the skipped step: Adam has counted one step less.
+    resumed = chaos.config("nan-skip-resumed", **ON_TWO_RANKS, engine=engine)
+    shutil.copytree(folder_of(skipping).path, Path(resumed.output) / folder_of(skipping).path.name)
+    folder = folder_of(resumed)
+    for path in folder.checkpoints()[2:]:
+        shutil.rmtree(path)
+    for name in ("results.json", "state.json"):
+        (folder.path / name).unlink()
+    shutil.rmtree(folder.path / "activations")
+    sides = (outcome(folder_of(skipping)), outcome(chaos.finish(resumed, ranks=2)))
+    compare(*({name: value for name, value in side.items() if "activations" not in name} for side in sides))
+    return f"stopped on both ranks: “{error.split('. ')[1]}”; or skipped on both, also after a resume"
 
 
 def loss_spike(chaos: Chaos, undisturbed: Mapping[str, Any]) -> str:
@@ -527,15 +553,11 @@ def full_disk(chaos: Chaos, undisturbed: Mapping[str, Any]) -> str:
 
 def lost_rank(chaos: Chaos, undisturbed: Mapping[str, Any]) -> str:
     """kill -9 of one rank of two, each in turn: the other ends within a minute with the reason; the same command goes on."""
-    changes = {"batch": {"global_batch_size": 8, "micro_batch_size": 2}}
-    expected = outcome(chaos.finish(chaos.config("two-ranks", **changes), ranks=2))
     seen = []
     for victim in (0, 1):
-        config = chaos.config(f"lost-{victim}", **changes)
+        config = chaos.config(f"lost-{victim}", **ON_TWO_RANKS)
         processes = chaos.start(config, ranks=2)
-        while not list(Path(config.output).glob("pretrain-*/checkpoints/step-*/COMPLETE")):
-            expect(all(process.exitcode is None for process in processes), f"it ended by itself\n{log_of(config)[-1500:]}")
-            time.sleep(0.01)
+        wait_for(config, "checkpoints/step-*/COMPLETE", processes)
         processes[victim].kill()
         began = time.monotonic()
         codes = ended(processes, SECONDS_TO_END)
@@ -544,21 +566,42 @@ def lost_rank(chaos: Chaos, undisturbed: Mapping[str, Any]) -> str:
         expect(codes[1 - victim] == LostProcess.exit_code, f"exit codes {codes}\n{log_of(config)[-1500:]}")
         expect(f"rank {victim} on" in log_of(config), "nobody says which rank is gone")
         seen.append(f"{time.monotonic() - began:.1f} s")
-        compare(expected, outcome(chaos.finish(config, ranks=2)))
+        compare(chaos.undisturbed_on_two_ranks, outcome(chaos.finish(config, ranks=2)))
     return f"the other rank ended after {' and '.join(seen)}, and says who is gone; equal afterwards"
+
+
+def frozen_rank(chaos: Chaos, undisturbed: Mapping[str, Any]) -> str:
+    """A rank that neither ends nor says anything, as when its node or network is gone: the main thread of the other waits in a
+    collective, where no error reaches it, and is ended all the same."""
+    config = chaos.config("frozen", **ON_TWO_RANKS)
+    processes = chaos.start(config, ranks=2)
+    wait_for(config, "checkpoints/step-*/COMPLETE", processes)
+    frozen = processes[1]
+    assert frozen.pid is not None
+    os.kill(frozen.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    processes[0].join(SECONDS_TO_END)
+    took, code = time.monotonic() - began, processes[0].exitcode
+    frozen.kill()
+    ended(processes, 10.0)
+    expect(code == LostProcess.exit_code, f"exit code {code} after {took:.0f} s\n{log_of(config)[-1500:]}")
+    error = folder_of(config).state.error or ""
+    expect("rank 1" in error and "no sign of life" in error, f"the state says: {error}")
+    compare(chaos.undisturbed_on_two_ranks, outcome(chaos.finish(config, ranks=2)))
+    return f"the other ended after {took:.0f} s: “{error}”; equal afterwards"
 
 
 def hung_rank(chaos: Chaos, undisturbed: Mapping[str, Any]) -> str:
     """One rank hangs before a collective: all end, and the message leads to the line where it hangs."""
-    changes = {"batch": {"global_batch_size": 8, "micro_batch_size": 2}, "parallel": {"timeout_minutes": 0.1}}
-    config = chaos.config("hung", **changes)
+    config = chaos.config("hung", **ON_TWO_RANKS, parallel={"timeout_minutes": 0.1})
     codes = chaos.run(config, ("hang", {"step": 6, "rank": 1}), ranks=2, seconds=6 + SECONDS_TO_END)
     expect(codes == [LostProcess.exit_code] * 2, f"exit codes {codes}\n{log_of(config)[-1500:]}")
     error = folder_of(config).state.error or ""
-    expect("busy with something else: rank 1" in error and "waiting for others: rank 0" in error, error)
+    first, second = error.splitlines()[1:]
+    expect("rank 1" in first and "rank 0" in second and "waiting for others" in second, error)
     expect("sleep_for_ever" in log_of(config), "the stack of the slow rank is not in its log")
-    chaos.finish(config, ranks=2)
-    return next(line.strip() for line in error.splitlines() if "rank 1" in line) + "; its stack is in its log"
+    compare(chaos.undisturbed_on_two_ranks, outcome(chaos.finish(chaos.config("hung", **ON_TWO_RANKS), ranks=2)))
+    return f"“{first.strip()}”; its stack is in its log; equal afterwards"
 
 
 def dead_tracking_server(chaos: Chaos, undisturbed: Mapping[str, Any]) -> str:
@@ -572,8 +615,7 @@ def dead_tracking_server(chaos: Chaos, undisturbed: Mapping[str, Any]) -> str:
         Path(config.output), "chaos", uri=f"http://user:planted-secret@127.0.0.1:{_free_port()}"
     )  # pragma: allowlist secret
     processes = chaos.start(config)
-    while not list(Path(config.output).glob("pretrain-chaos-*/state.json")):
-        time.sleep(0.01)
+    wait_for(config, "state.json", processes)
     with mirror_in_background(dead, folder_of(config).path, interval=0.1, final_seconds=5.0, warn=warnings.append):
         codes = ended(processes, 300.0)
     expect(codes == [0], f"exit code {codes}")
@@ -601,6 +643,7 @@ SCENARIOS = (
     loss_spike,
     full_disk,
     lost_rank,
+    frozen_rank,
     hung_rank,
     dead_tracking_server,
 )
@@ -635,8 +678,9 @@ def main(arguments: list[str] | None = None) -> int:
             began = time.monotonic()
             try:
                 verdict, seen = "ok", scenario(chaos, undisturbed)
-            except Broken as error:
-                verdict, seen, failures = "BROKEN", str(error), failures + 1
+            except Exception as error:
+                seen = str(error) if isinstance(error, Broken) else f"{type(error).__name__}: {error}"
+                verdict, failures = "BROKEN", failures + 1
             verdict = "-" if seen.startswith("skipped") else verdict
             name = scenario.__name__.replace("_", " ")
             print(f"{name:22} {verdict:7} {time.monotonic() - began:6.1f} s  {seen}", flush=True)

@@ -1,8 +1,8 @@
 """How long a training step takes, predicted: what is done (`launch/operations.py`) times what each operation takes
 (`launch/hardware.py`, or rates that were measured on a machine), put together as the code runs it.
 
-The parts: kernels follow one another; the host starts them meanwhile, and whichever takes longer counts; an exchange counts as far
-as nothing is computed beside it; pipeline stages follow the 1F1B schedule (2104.04473, section 2.2); at the end of a step
+The parts: kernels follow one another; the host starts them meanwhile, and whichever takes longer counts; an exchange counts as
+far as nothing is computed beside it; pipeline stages follow the 1F1B schedule (2104.04473, section 2.2); at the end of a step
 gradients are reduced, and the optimizer steps. Left out: stragglers, failures, data loading, evaluation, checkpoints, logging.
 """
 
@@ -23,10 +23,10 @@ from megatron_plasticity.launch.operations import (
     Exchange,
     Kernels,
     Matmul,
+    Repeated,
     StageWork,
     Sweep,
     Work,
-    operations,
     step_work,
 )
 
@@ -47,6 +47,9 @@ class Timing(Protocol):
 
     @property
     def step_seconds(self) -> float: ...
+
+    @property
+    def hook_seconds(self) -> float: ...
 
     @property
     def zero3_overlap(self) -> float: ...
@@ -97,11 +100,12 @@ def step_time(
     stages = step_work(model, recipe, data_parallel_size, kernels)
     clock = _Clock(timing, data_parallel_size, recipe.parallel.tensor)
     count = accumulation_steps(recipe.batch, data_parallel_size)
-    turns = [clock.micro_batch(stage) for stage in stages]
+    alike = {id(stage): clock.micro_batch(stage) for stage in stages}
+    turns = [alike[id(stage)] for stage in stages]
     slowest = max(turns, key=lambda turn: turn.total)
     # 1F1B: the first micro-batch passes all stages, the others follow at the pace of the slowest.
     bubble = StepTime(bubble=sum(turn.total for turn in turns) - slowest.total)
-    ends = [clock.end_of_step(stage) for stage in stages]
+    ends = [clock.end_of_step(stage) for stage in {id(stage): stage for stage in stages}.values()]
     return slowest * count + bubble + max(ends, key=lambda end: end.total)
 
 
@@ -120,14 +124,16 @@ class _Clock:
         hidden = self.timing.zero3_overlap * time.total if self.timing.hides_exchanges else 0.0
         time += StepTime(exchange=messages + max(0.0, gathers - hidden))
         kernels = _kernels((*stage.forward, *stage.backward))
-        host = kernels * self.timing.kernel_host_seconds + self.timing.micro_batch_seconds
+        host = (
+            kernels * self.timing.kernel_host_seconds + stage.hooks * self.timing.hook_seconds + self.timing.micro_batch_seconds
+        )
         waits = max(0.0, host - time.total) if self.timing.hides_exchanges else host
         return time + StepTime(host=waits)
 
     def end_of_step(self, stage: StageWork) -> StepTime:
         reduction, update = self._spent(stage.reduction), self._spent(stage.update)
-        local = reduction.total + update.total - reduction.exchange - update.exchange
-        return StepTime(exchange=reduction.exchange + update.exchange, optimizer=local, host=self.timing.step_seconds)
+        exchange = reduction.exchange + update.exchange
+        return StepTime(exchange=exchange, optimizer=reduction.memory + update.memory, host=self.timing.step_seconds)
 
     def _spent(self, work: Iterable[Work]) -> StepTime:
         matmul = attention = memory = exchange = 0.0
@@ -140,6 +146,10 @@ class _Clock:
                 memory += self.timing.compute(item)
             elif isinstance(item, Exchange):
                 exchange += self._exchange(item)
+            elif isinstance(item, Repeated):
+                inside = self._spent(item.work) * item.times
+                matmul, attention, memory = matmul + inside.matmul, attention + inside.attention, memory + inside.memory
+                exchange += inside.exchange
             else:
                 inside = self._spent(item.work)
                 hidden = inside.total if self.timing.hides_exchanges else 0.0
@@ -153,7 +163,12 @@ class _Clock:
 
 def _kernels(work: Iterable[Work]) -> int:
     """Kernels that the host starts."""
-    return sum(item.kernels if isinstance(item, Sweep) else 1 for item in operations(work))
-
-
-__all__ = ["Beside", "Kernels", "StepTime", "Timing", "step_time"]
+    count = 0
+    for item in work:
+        if isinstance(item, Repeated):
+            count += item.times * _kernels(item.work)
+        elif isinstance(item, Beside):
+            count += 1 + _kernels(item.work)
+        else:
+            count += item.kernels if isinstance(item, Sweep) else 1
+    return count

@@ -45,13 +45,11 @@ class Device:
     matmul_share: float = _figure(
         "of peak",
         "that a matrix product reaches while all its tiles are full",
-        "780 of 989 TFLOP/s are the most that torch.mm was seen to reach on an H100 (gist Chillee/2ec89696, a shape of exactly two "
-        "waves, power shifted to the tensor cores); less is assumed, since a long run meets the power limit",
+        "780 of 989 TFLOP/s are the most that torch.mm was seen to reach on an H100 (gist Chillee/2ec89696, a shape of two full "
+        "waves, power shifted to the tensor cores); less is assumed, since not every host is set so",
         0.73,
     )
-    half_tile_share: float = _figure(
-        "of a full tile", "rate of a tile of half the size: 128×128 instead of 128×256", _GUESS, 0.87
-    )
+    half_tile_share: float = _figure("of a full tile", "rate of a tile of half the size, 128×128 for 128×256", _GUESS, 0.87)
     small_tile_share: float = _figure("of a full tile", "rate of smaller tiles", _GUESS, 0.65)
     unaligned_share: float = _figure(
         "of aligned",
@@ -141,6 +139,12 @@ class Host:
     """The CPU that starts kernels."""
 
     kernel_seconds: float = _figure("s", "to start one kernel from PyTorch", _GUESS, 5e-6)
+    hook_seconds: float = _figure(
+        "s",
+        "each time that ZeRO 3 stops at a module",
+        "our assumption; 0.15 ms on one 2.6 GHz core (tools/bench/step_time.py)",
+        1e-4,
+    )
     micro_batch_seconds: float = _figure("s", "of DeepSpeed's engine and ours per micro-batch", _GUESS, 1e-3)
     step_seconds: float = _figure("s", "per step, while the GPU waits: gradient norm, learning rate, loop", _GUESS, 3e-3)
 
@@ -175,6 +179,10 @@ class Hardware:
     @property
     def micro_batch_seconds(self) -> float:
         return self.host.micro_batch_seconds
+
+    @property
+    def hook_seconds(self) -> float:
+        return self.host.hook_seconds
 
     @property
     def step_seconds(self) -> float:

@@ -1,14 +1,14 @@
 """What one process does in a training step, kernel by kernel: matrix products, attention, passes over memory, exchanges.
 
-Counted on the config, in the order of `models/transformer.py`, `models/loss.py`, `parallel/tensor.py` and DeepSpeed 0.19; how long
-it takes is said elsewhere (`launch/cost.py`). No tensor is made and torch is not imported.
+Counted on the config, in the order of `models/transformer.py`, `models/loss.py`, `parallel/tensor.py` and DeepSpeed 0.19; how
+long it takes is said elsewhere (`launch/cost.py`). No tensor is made and torch is not imported.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -27,6 +27,7 @@ _LOSS_PIECE = 2**26  # elements of logits that the loss takes at once on a GPU (
 # DeepSpeed's defaults in elements, by their names under `zero_optimization`.
 _REUSE_DISTANCE = 1e9  # stage3_max_reuse_distance
 _PERSISTENT = 1e5  # stage3_param_persistence_threshold
+_MODULES_OF_A_BLOCK = 25  # hook points included
 _ADAMW_BYTES = 7 * FP32
 """Weight, gradient and two moments are read, weight and moments written."""
 
@@ -115,7 +116,15 @@ class Beside:
     work: tuple[Work, ...]
 
 
-Work = Matmul | Attention | Sweep | Exchange | Beside
+@dataclass(frozen=True)
+class Repeated:
+    """The same for each layer."""
+
+    times: int
+    work: tuple[Work, ...]
+
+
+Work = Matmul | Attention | Sweep | Exchange | Beside | Repeated
 
 
 def volume(kind: Collective, size: float, ranks: int) -> float:
@@ -151,6 +160,8 @@ class StageWork:
     """What passes between this stage and each neighbour, per micro-batch and direction; None without a pipeline."""
     gathers: tuple[Exchange, ...] = ()
     """Of ZeRO 3, per micro-batch: weights for the forward and the backward pass, and the scattering of gradients."""
+    hooks: int = 0
+    """Of ZeRO 3, per micro-batch: times that DeepSpeed's Python stops at a module to gather or let go of its weights."""
 
 
 def step_work(
@@ -158,17 +169,25 @@ def step_work(
 ) -> list[StageWork]:
     """What each pipeline stage does in a step, first to last, for micro-batches of whole sequences. Raises ConfigError if the
     global batch cannot be split."""
-    return [
-        _Stage(model, recipe, data_parallel_size, stage, kernels or Kernels()).work() for stage in range(recipe.parallel.pipeline)
-    ]
+    alike: dict[tuple[int, bool, bool], StageWork] = {}
+    found = []
+    for stage, layers in enumerate(stage_layers(model, recipe.parallel)):
+        kind = (len(layers), stage == 0, stage == recipe.parallel.pipeline - 1)
+        if kind not in alike:
+            alike[kind] = _Stage(model, recipe, data_parallel_size, stage, len(layers), kernels or Kernels()).work()
+        found.append(alike[kind])
+    return found
 
 
-def operations(work: Iterable[Work]) -> Iterable[Matmul | Attention | Sweep | Exchange]:
+def operations(work: Iterable[Work]) -> Iterator[Matmul | Attention | Sweep | Exchange]:
     """Every single operation."""
     for item in work:
         if isinstance(item, Beside):
             yield item.exchange
             yield from operations(item.work)
+        elif isinstance(item, Repeated):
+            for _ in range(item.times):
+                yield from operations(item.work)
         else:
             yield item
 
@@ -176,15 +195,14 @@ def operations(work: Iterable[Work]) -> Iterable[Matmul | Attention | Sweep | Ex
 class _Stage:
     """The shapes that the operations are made of, for one pipeline stage."""
 
-    def __init__(self, model: ModelConfig, recipe: TrainingRecipe, ranks: int, stage: int, kernels: Kernels) -> None:
+    def __init__(self, model: ModelConfig, recipe: TrainingRecipe, ranks: int, stage: int, layers: int, kernels: Kernels) -> None:
         parallel = recipe.parallel
         self.model, self.recipe, self.ranks, self.kernels = model, recipe, ranks, kernels
         self.element = BYTES[recipe.engine.precision]
         self.zero_stage = effective_zero_stage(recipe.engine, parallel)
         self.accumulation = accumulation_steps(recipe.batch, ranks)
-        layers = stage_layers(model, parallel)
-        self.layers = len(layers[stage])
-        self.is_first, self.is_last = stage == 0, stage == len(layers) - 1
+        self.layers = layers
+        self.is_first, self.is_last = stage == 0, stage == parallel.pipeline - 1
         self.parameters = stage_parameter_count(model, parallel, stage)
         self.tensor, self.sequence = parallel.tensor, parallel.sequence
         self.tokens = recipe.batch.micro_batch_size * model.context_length
@@ -197,9 +215,11 @@ class _Stage:
     def work(self) -> StageWork:
         layer, back = self._layer_forward(), self._layer_backward()
         if self.recipe.engine.activation_checkpointing:
-            back = [*layer, *back]
-        forward = [*(self._embedding_forward() if self.is_first else []), *(layer * self.layers)]
-        backward = [*(back * self.layers), *(self._embedding_backward() if self.is_first else [])]
+            # torch recomputes until it has what the backward pass reads: the last projection's output only where a norm follows.
+            followed = FAMILIES[self.model.family].norm_placement == "output"
+            back = [*(layer if followed else layer[: layer.index(self._down())]), *back]
+        forward = [*(self._embedding_forward() if self.is_first else []), Repeated(self.layers, tuple(layer))]
+        backward = [Repeated(self.layers, tuple(back)), *(self._embedding_backward() if self.is_first else [])]
         if self.is_last:
             forward += [*self._norm_forward(), *self._head_forward()]
             backward = [*self._head_backward(), *self._norm_backward(), *backward]
@@ -213,6 +233,7 @@ class _Stage:
             update=tuple(self._update()),
             message=message,
             gathers=tuple(self._gathers()),
+            hooks=2 * (_MODULES_OF_A_BLOCK * self.layers + 4) if self.zero_stage == 3 else 0,
         )
 
     # --- A block.
@@ -231,10 +252,13 @@ class _Stage:
             *self._norm_forward(),
             *self._columns_forward((self.mlp, self.mlp)),
             self._swiglu(backward=False),
-            Matmul(self.tokens, hidden, self.mlp, self.element),
+            self._down(),
             *self._combine(),
             *self._residual_add(),
         ]
+
+    def _down(self) -> Matmul:
+        return Matmul(self.tokens, self.model.hidden_size, self.mlp, self.element)
 
     def _layer_backward(self) -> list[Work]:
         return [
@@ -299,7 +323,7 @@ class _Stage:
             return Sweep(name, 2 * element * self.tokens * width, 1, self.tokens * width, width)
         cast = element + FP32 if element < FP32 else 0
         if backward:
-            each, kernels = cast + 2 * (2 * FP32 + cast) + 2 * element + 3 * element, 5 + (3 if cast else 0)
+            each, kernels = cast + 2 * (2 * FP32 + cast) + 2 * element + 3 * element, 4 + (3 if cast else 0)
         else:
             each, kernels = 2 * element + 2 * (element + FP32) + 3 * FP32 + cast, 4 + (1 if cast else 0)
         return Sweep(name, each * self.tokens * width, kernels, self.tokens * width, width)
@@ -453,7 +477,8 @@ class _Stage:
         part = self.parameters / (1 if self.zero_stage == 0 else self.ranks)
         counted = self.parameters if self._is_bf16_optimizer else part
         work: list[Work] = [
-            Sweep("gradient norm", FP32 * counted, self._tensors, counted),
+            # fp32 at stage 0: DeepSpeed clips, and does not say by which norm, so the engine takes it too.
+            *[Sweep("gradient norm", FP32 * counted, self._tensors, counted)] * (2 if self.zero_stage == 0 else 1),
             Sweep("clip", 2 * FP32 * counted, self._tensors, counted),
             Sweep("adamw", _ADAMW_BYTES * part, 2, part),
         ]

@@ -34,6 +34,7 @@ _FIXED_RESERVE = 2  # GiB for the CUDA context, kernels' workspaces and NCCL: an
 _FRAGMENTATION = 0.05  # share of the memory that the allocator cannot use: an assumption
 _NODE = 8  # tensor-parallel ranks talk in every layer: they stay on the fast links of one machine, which has so many GPUs
 _BUBBLE_CLASS = 0.05  # pipelines whose idle shares fall into the same 5 % count as equal
+_EQUAL = 0.05  # predicted times that differ by no more
 # NVIDIA H100 and H200 SXM data sheets, without sparsity: bf16 on tensor cores; fp32 outside of them.
 PEAK_FLOPS = {"bf16": 989e12, "fp32": 67e12}
 
@@ -136,10 +137,11 @@ class Layout:
 
     @property
     def rank(self) -> tuple[Any, ...]:
-        """Better layouts have a smaller one, where times are not predicted. In this order: nothing is computed twice; weights are not gathered in every pass, as
-        ZeRO 3 does (1.5 times the communication, 1910.02054, section 7); little bubble; little communication within layers;
-        gradients reduced once per step (ZeRO 1) rather than per micro-batch; few stages; a large micro-batch. (Sequence
-        parallelism goes with tensor parallelism wherever it can: it communicates as much, 2205.05198, section 4.2.2.)"""
+        """Better layouts have a smaller one, as far as times do not tell. In this order: nothing is computed twice; weights are
+        not gathered in every pass, as ZeRO 3 does (1.5 times the communication, 1910.02054, section 7); little bubble; little
+        communication within layers; gradients reduced once per step (ZeRO 1) rather than per micro-batch; few stages; a large
+        micro-batch. (Sequence parallelism goes with tensor parallelism wherever it can: it communicates as much, 2205.05198,
+        section 4.2.2.)"""
         return (
             self.config.engine.activation_checkpointing,
             self.zero_stage == 3,
@@ -225,19 +227,28 @@ def _divisors(number: int, largest: int) -> list[int]:
 
 
 def best_layouts(config: PretrainConfig, gpus: int, machine: Machine, count: int = SHOWN) -> list[Layout]:
-    """The best `count` layouts that fit, best first; of those that differ in the micro-batch alone, the best."""
+    """The best `count` layouts that fit, best first; of those that differ in the micro-batch alone, the best.
 
-    def order(layout: Layout) -> tuple[Any, ...]:
-        return layout.rank if machine.hardware is None else (layout.step_seconds(machine), layout.rank)
-
-    best: dict[tuple[Any, ...], Layout] = {}
-    for layout in sorted(layouts(config, gpus, machine.gpus_per_node), key=order):
+    Predicted times that lie within a few percent of the shortest do not tell layouts apart: among those the simplest comes first.
+    """
+    if machine.hardware is None:
+        ordered = [
+            (float(place), layout) for place, layout in enumerate(sorted(layouts(config, gpus), key=lambda found: found.rank))
+        ]
+    else:
+        timed = [(layout.step_seconds(machine), layout) for layout in layouts(config, gpus, machine.gpus_per_node)]
+        ordered = sorted(timed, key=lambda pair: (pair[0], pair[1].rank))
+    best: dict[tuple[Any, ...], tuple[float, Layout]] = {}
+    equal = math.inf  # up to which time none is better than another
+    for seconds, layout in ordered:
+        if len(best) >= count and seconds > equal:
+            break
         kind = (layout.parallel, layout.zero_stage, layout.config.engine.activation_checkpointing)
         if kind not in best and layout.gibibytes <= machine.usable:
-            best[kind] = layout
-            if len(best) == count:
-                break
-    return list(best.values())
+            best[kind] = (seconds, layout)
+            equal = min(equal, seconds * (1 + _EQUAL))
+    found = sorted(best.values(), key=lambda pair: (pair[0] > equal, pair[1].rank if pair[0] <= equal else (pair[0],)))
+    return [layout for _, layout in found[:count]]
 
 
 def reasons(layout: Layout, machine: Machine) -> Iterator[str]:
@@ -298,7 +309,7 @@ def _time_reasons(layout: Layout, machine: Machine) -> Iterator[str]:
     time = layout.predicted(machine.hardware)
     parts = sorted(((seconds / time.total, name) for name, seconds in time.parts.items()), reverse=True)
     spent = ", ".join(f"{share:.0%} {name}" for share, name in parts if share >= 0.005)
-    yield f"the shortest step of all layouts that fit, {seconds_text(time.total)}: {spent}"
+    yield f"a step takes {seconds_text(time.total)}, the shortest of all layouts that fit or within {_EQUAL:.0%} of it: {spent}"
 
 
 def _next_smaller(layout: Layout, setting: str) -> int:
@@ -312,7 +323,7 @@ def _next_smaller(layout: Layout, setting: str) -> int:
 
 def assumptions_page(hardware: Hardware) -> str:
     """Every figure on which predicted times rest, with its source, as text."""
-    lines = ["Times are predicted from these figures; none of them was measured here. docs/planning.md says how they are used."]
+    lines = ["Times are predicted from these figures; none was measured here. docs/planning.md says how they are used."]
     for figure in assumptions(hardware):
         lines.append(f"  {figure.part:5} {figure.name:22} {figure.value}")
         lines += _wrapped(f"{figure.meaning}; source: {figure.source}", "        ", indent=0)
@@ -351,8 +362,8 @@ def _run(config: PretrainConfig, machine: Machine) -> Iterator[str]:
         f"  {machine.gibibytes:g} GiB per GPU, of which plans use {machine.usable:.1f}; "
         "the rest is for the CUDA context, workspaces, NCCL, fragmentation"
     )
-    yield "  GiB are those of the stage that needs most, at the moment of a step when it needs most, computed and not measured on"
-    yield "    a GPU (docs/memory.md)"
+    yield "  GiB are those of the stage that needs most, at the moment of a step when it needs most, computed and not"
+    yield "    measured on a GPU (docs/memory.md)"
 
 
 def _assumed(config: PretrainConfig, machine: Machine) -> Iterator[str]:
@@ -367,11 +378,9 @@ def _assumed(config: PretrainConfig, machine: Machine) -> Iterator[str]:
         )
         return
     device, links = machine.hardware.device, machine.hardware.links
-    yield f"  {_flops(config):.3g} FLOPs. Times are PREDICTED by a model of {device.name.upper()} GPUs and not measured (docs/planning.md); MFU is"
-    yield (
-        f"    of {peak:g} TFLOP/s in {precision}; {links.gpus_per_node} GPUs per node, {links.network_gigabits:g} Gbit/s per GPU between nodes. "
-        "Every figure: --assumptions"
-    )
+    yield f"  {_flops(config):.3g} FLOPs; MFU is of {peak:g} TFLOP/s, the peak in {precision}. Times are PREDICTED for"
+    nodes = f"{device.name.upper()} GPUs, {links.gpus_per_node} per node, {links.network_gigabits:g} Gbit/s per GPU between them"
+    yield f"    {nodes}, not measured (docs/planning.md, --assumptions)"
 
 
 def _for_gpus(config: PretrainConfig, gpus: int, machine: Machine) -> Iterator[str]:
@@ -394,7 +403,7 @@ def _for_gpus(config: PretrainConfig, gpus: int, machine: Machine) -> Iterator[s
     for number, layout in enumerate(found, start=1):
         yield _row(f"{number}", layout, machine)
     if configured is not None or found:
-        yield _DETAILS
+        yield _DETAILS if machine.hardware else " " * _DETAILS.index("|") + _DETAILS[_DETAILS.index("|") :]
     if configured is not None:
         yield _parts("config", configured, machine)
     for number, layout in enumerate(found, start=1):
@@ -412,7 +421,7 @@ def _for_gpus(config: PretrainConfig, gpus: int, machine: Machine) -> Iterator[s
 
 _HEADER = "  pipe×data×tensor  seq ZeRO micro ckpt accum bubble  step s      tok/s   MFU  hours    GiB"
 _WIDTHS = (6, 9, 6, 8, 6, 9, 5)
-_DETAILS = "  step: matmul attention memory exchange bubble optimizer  host | weights grads optim buffers activ. logits"
+_DETAILS = " step: matmul attention memory exchange bubble optimizer  host | weights grads optim buffers activ. logits"
 
 
 def _row(label: str, layout: Layout, machine: Machine) -> str:
@@ -434,7 +443,7 @@ def _parts(label: str, layout: Layout, machine: Machine) -> str:
     """What a step is spent on, and what the memory holds."""
     peak = largest_stage(layout.stages).peak
     held = [part / GIB for part in (peak.weights, peak.gradients, peak.optimizer, peak.buffers, peak.activations, peak.loss)]
-    spent = " " * 59
+    spent = " " * (sum(_WIDTHS) + len(_WIDTHS) - 1)
     if machine.hardware is not None:
         time = layout.predicted(machine.hardware)
         shares = (f"{seconds / time.total:>{width}.1%}" for seconds, width in zip(time.parts.values(), _WIDTHS, strict=True))

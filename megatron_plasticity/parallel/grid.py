@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed
 from torch import Tensor
+from torch.distributed import distributed_c10d
 
 from megatron_plasticity.config.parallel import ParallelConfig
 from megatron_plasticity.errors import UserError
@@ -166,18 +167,18 @@ def process_grid(device: torch.device, parallel: ParallelConfig | None = None) -
             os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
         torch.cuda.set_device(device)
 
-    with _local_rank(), tempfile.TemporaryDirectory(prefix="megatron-plasticity-") as folder:
+    # Longer than ours, so that ours, which says who hangs where, comes first.
+    timeout = timedelta(minutes=parallel.timeout_minutes + 2)
+    with _local_rank(), _default_timeout(timeout), tempfile.TemporaryDirectory(prefix="megatron-plasticity-") as folder:
         deepspeed.comm.init_distributed(
             dist_backend="gloo" if device.type == "cpu" else "nccl",
             auto_mpi_discovery=False,
             verbose=False,
-            # Longer than ours, so that ours, which says who hangs where, comes first.
-            timeout=timedelta(minutes=parallel.timeout_minutes + 2),
+            timeout=timeout,
             **({} if _is_launched() else {"init_method": f"file://{Path(folder) / 'rendezvous'}", "rank": 0, "world_size": 1}),
         )
         # Closed last: leaving a group of which a process is gone can hang.
-        rank, patience = torch.distributed.get_rank(), Patience(stall=60 * parallel.timeout_minutes)
-        with contextlib.closing(Liveness(rank, patience)) as liveness:
+        with contextlib.closing(Liveness(torch.distributed.get_rank(), _patience(parallel))) as liveness:
             try:
                 _watch_over_one_another(liveness, device)
                 with liveness.member():
@@ -198,6 +199,26 @@ def _local_rank() -> Iterator[None]:
         yield
     finally:
         os.environ.pop("LOCAL_RANK", None)
+
+
+@contextlib.contextmanager
+def _default_timeout(timeout: timedelta) -> Iterator[None]:
+    """The time limit of collectives in every group that is made inside the block: DeepSpeed states none for those that it makes,
+    which do the work, and torch's own is ten minutes for NCCL, thirty for gloo."""
+    names = ("default_pg_timeout", "default_pg_nccl_timeout")
+    before = {name: getattr(distributed_c10d, name) for name in names}
+    try:
+        for name in names:
+            setattr(distributed_c10d, name, timeout)
+        yield
+    finally:
+        for name in names:
+            setattr(distributed_c10d, name, before[name])
+
+
+def _patience(parallel: ParallelConfig) -> Patience:
+    # Of thousands of processes each says a little less often, since one listens to all.
+    return Patience(between_signs=max(2.0, torch.distributed.get_world_size() / 256), stall=60 * parallel.timeout_minutes)
 
 
 def _watch_over_one_another(liveness: Liveness, device: torch.device) -> None:

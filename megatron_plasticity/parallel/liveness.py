@@ -12,12 +12,14 @@ import contextlib
 import faulthandler
 import json
 import os
+import resource
 import secrets
 import selectors
 import socket
 import sys
 import threading
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +31,10 @@ _PACKAGE = Path(__file__).parents[1]
 # Frames of these are a process that waits for others.
 _COLLECTIVES = ("/torch/distributed/", "/deepspeed/comm/")
 _LONGEST_MESSAGE = 64 * 1024
+_LONGEST_REASON = 8000
+_LONGEST_HELLO = 1024
+_SECONDS_FOR_HELLO = 5.0
+_MOST_NAMED = 8
 
 
 @dataclass(frozen=True)
@@ -52,8 +58,9 @@ class _Peer:
 
     connection: socket.socket
     rank: int | None
-    """None until it has said who it is."""
+    """None until it has said who it is: whoever finds the port can connect."""
     host: str = ""
+    since: float = field(default_factory=time.monotonic)
     last_heard: float = field(default_factory=time.monotonic)
     has_left: bool = False
     unread: bytes = b""
@@ -67,8 +74,9 @@ class _Peer:
         with contextlib.suppress(OSError):
             self.connection.sendall(json.dumps([kind, value]).encode() + b"\n")
 
-    def receive(self) -> list[tuple[str, Any]] | None:
-        """The messages that have arrived; None at the end of the connection. Raises ValueError for what is no message."""
+    def receive(self, token: str) -> list[tuple[str, Any]] | None:
+        """The messages that have arrived; None at the end of the connection. The first line must be `token`, rank and host.
+        Raises ValueError for what is no message of ours."""
         try:
             arrived = self.connection.recv(_LONGEST_MESSAGE)
         except OSError:
@@ -77,9 +85,17 @@ class _Peer:
             return None
         self.last_heard = time.monotonic()
         *lines, self.unread = (self.unread + arrived).split(b"\n")
-        if len(self.unread) > _LONGEST_MESSAGE:
+        if len(self.unread) > (_LONGEST_HELLO if self.rank is None else _LONGEST_MESSAGE):
             raise ValueError("a message without end")
+        if self.rank is None and lines:
+            self._introduce(lines.pop(0), token)
         return [_message(line) for line in lines]
+
+    def _introduce(self, line: bytes, token: str) -> None:
+        said, rank, host = line[:_LONGEST_HELLO].decode("ascii").split(" ", 2)
+        if not secrets.compare_digest(said, token):
+            raise ValueError("not one of us")
+        self.rank, self.host = int(rank), host
 
 
 class Liveness:
@@ -95,12 +111,14 @@ class Liveness:
         self._thread: threading.Thread | None = None
         self._closing = threading.Event()
         self._known = threading.Event()
-        self._reason = ""
-        """Why the job ends, once that is known."""
+        self._reason, self._exit_code = "", LostProcess.exit_code
+        """Why the job ends, and with what, once that is known."""
         self._last_progress = time.monotonic()
+        self._has_left = False
         self._busy = 0
         self._watched = False
         self._asked_where: float | None = None
+        self._next_sign = self._next_complaint = 0.0
         self._at_end: list[Callable[[str], None]] = []
 
     # --- For the process's own work.
@@ -149,6 +167,7 @@ class Liveness:
     def listen(self) -> tuple[int, str]:
         """On the main process: the port to connect to, and the word that a connection begins with."""
         family = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
+        _allow_many_connections()
         self._listener = socket.create_server(("", 0), backlog=4096, **family)
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._token = secrets.token_hex(16)
@@ -169,7 +188,7 @@ class Liveness:
             return
         connection.settimeout(self._patience.silence)
         main = _Peer(connection, 0, address)
-        main.send("hello", [token, self.rank, socket.gethostname()])
+        connection.sendall(f"{token} {self.rank} {socket.gethostname()}\n".encode())
         self._peers.append(main)
         self._selector.register(connection, selectors.EVENT_READ, main)
         self._start()
@@ -180,13 +199,17 @@ class Liveness:
         try:
             with self.explained():
                 yield
-        except Interrupted:  # all have agreed to stop
-            self._leave(None)
-            raise
         except BaseException as error:
-            self._leave(str(error) if isinstance(error, UserError) else f"{type(error).__name__}: {error}")
+            self.beat()  # it ends by itself, with its own error
+            if isinstance(error, Interrupted) and error.by_all:
+                self._leave(None)
+            elif isinstance(error, UserError):
+                self._leave(str(error), error.exit_code)
+            else:
+                self._leave(f"{type(error).__name__}: {error}", 1)
             raise
         else:
+            self._has_left = True
             self._leave(None)
 
     @contextlib.contextmanager
@@ -201,23 +224,23 @@ class Liveness:
             # Those who wait for a process that was killed fail at once: the reason is on its way.
             if self._thread is None or not self._known.wait(3.0):
                 raise
-            raise LostProcess(self._reason) from error
+            raise LostProcess(self._reason, self._exit_code) from error
 
-    def _leave(self, reason: str | None) -> None:
-        for peer in self._peers:
+    def _leave(self, reason: str | None, exit_code: int = 0) -> None:
+        for peer in tuple(self._peers):
             if reason is None:
                 peer.send("bye")
             elif self.rank == 0:
-                peer.send("end", f"{self}: {reason}")
+                peer.send("end", [f"{self}: {reason[:_LONGEST_REASON]}", exit_code])
             else:
-                peer.send("failed", reason)
+                peer.send("failed", [reason[:_LONGEST_REASON], exit_code])
 
     def close(self) -> None:
         """Stop watching."""
         self._closing.set()
         if self._thread is not None:
             self._thread.join(2 * self._patience.between_signs)
-        for connection in (self._listener, *(peer.connection for peer in self._peers)):
+        for connection in (self._listener, *(peer.connection for peer in tuple(self._peers))):
             if connection is not None:
                 connection.close()
         self._selector.close()
@@ -232,26 +255,40 @@ class Liveness:
         self._thread.start()
 
     def _run(self) -> None:
-        next_sign = 0.0
         while not self._closing.is_set():
-            for key, _ in self._selector.select(min(0.5, self._patience.between_signs)):
-                if key.data is None:
-                    self._accept()
-                else:
-                    self._hear(key.data)
-            now = time.monotonic()
-            if now >= next_sign:
-                next_sign = now + self._patience.between_signs
-                for peer in self._peers:
+            try:
+                self._look()
+            except Exception:  # a defect here must not silence this process, which the others would take for its death
+                if not self._closing.is_set():
+                    traceback.print_exc()
+                    time.sleep(self._patience.between_signs)
+
+    def _look(self) -> None:
+        for key, _ in self._selector.select(min(0.5, self._patience.between_signs)):
+            if key.data is None:
+                self._accept()
+            else:
+                self._hear(key.data)
+        now = time.monotonic()
+        if now >= self._next_sign:
+            self._next_sign = now + self._patience.between_signs
+            for peer in self._peers:
+                if peer.rank is not None:
                     peer.send("alive")
-            self._look_for_silence(now)
-            self._look_for_a_stall(now)
-            if self._known.is_set() and not self._busy and now - self._last_progress > self._patience.without_progress:
-                self._end()
+        self._look_for_silence(now)
+        self._look_for_a_stall(now)
+        waits = not (self._busy or self._has_left)
+        if self._known.is_set() and waits and now - self._last_progress > self._patience.without_progress:
+            self._end()
 
     def _accept(self) -> None:
         assert self._listener is not None
-        connection, _ = self._listener.accept()
+        try:
+            connection, _ = self._listener.accept()
+        except OSError as error:
+            self._selector.unregister(self._listener)
+            print(f"warning: rank 0 cannot watch over more processes: {error}; raise `ulimit -n`", file=sys.stderr, flush=True)
+            return
         connection.settimeout(self._patience.silence)
         peer = _Peer(connection, None)
         self._peers.append(peer)
@@ -259,10 +296,10 @@ class Liveness:
 
     def _hear(self, peer: _Peer) -> None:
         try:
-            messages = peer.receive()
+            messages = peer.receive(self._token)
             for kind, value in messages or ():
                 self._understand(peer, kind, value)
-        except (ValueError, TypeError):  # somebody who is not one of us knocked
+        except (ValueError, TypeError, RecursionError):  # somebody who is not one of us knocked
             self._drop(peer)
             return
         if messages is None:
@@ -271,20 +308,17 @@ class Liveness:
                 self._lose(f"{peer} ended without a word (killed, or out of memory?)")
 
     def _understand(self, peer: _Peer, kind: str, value: Any) -> None:
-        if peer.rank is None:
-            token, rank, host = value
-            if kind != "hello" or not secrets.compare_digest(str(token), self._token):
-                raise ValueError("not one of us")
-            peer.rank, peer.host = int(rank), str(host)
-        elif kind == "bye":
+        if kind == "bye":
             peer.has_left = True
         elif kind == "failed":
             peer.has_left = True
-            self._lose(f"{peer}: {value}")
+            self._lose(f"{peer}: {value[0]}", int(value[1]))
         elif kind == "end":
-            self._lose(str(value))
+            self._lose(str(value[0]), int(value[1]))
         elif kind == "stalled":
-            self._ask_where(time.monotonic())
+            now = time.monotonic()
+            if not self._busy and now - self._last_progress > self._patience.stall / 2:  # else it waits for us, who get on
+                self._ask_where(now)
         elif kind == "where":
             _dump_stacks()
             peer.send("at", _where())
@@ -297,6 +331,8 @@ class Liveness:
         self._peers.remove(peer)
 
     def _look_for_silence(self, now: float) -> None:
+        for stranger in [peer for peer in self._peers if peer.rank is None and now - peer.since > _SECONDS_FOR_HELLO]:
+            self._drop(stranger)
         for peer in [peer for peer in self._peers if now - peer.last_heard > self._patience.silence]:
             self._drop(peer)
             if not peer.has_left and peer.rank is not None:
@@ -306,14 +342,14 @@ class Liveness:
     def _look_for_a_stall(self, now: float) -> None:
         if self._asked_where is not None:
             waited = now - self._asked_where > self._patience.answers
-            if waited or all(peer.where is not None for peer in self._peers):
+            if waited or all(peer.where is not None for peer in self._members()):
                 self._lose(self._stall_report())
                 self._end()
         elif self._watched and not self._busy and now - self._last_progress > self._patience.stall and not self._known.is_set():
             if self.rank == 0:
                 self._ask_where(now)
-            else:
-                self._watched = False  # said once; the main process asks and decides
+            elif now >= self._next_complaint:  # the main process asks and decides
+                self._next_complaint = now + self._patience.between_signs
                 for peer in self._peers:
                     peer.send("stalled")
 
@@ -321,30 +357,35 @@ class Liveness:
         if self._asked_where is None and not self._known.is_set():
             self._asked_where = now
             _dump_stacks()
-            for peer in self._peers:
+            for peer in self._members():
                 peer.send("where")
+
+    def _members(self) -> list[_Peer]:
+        return [peer for peer in self._peers if peer.rank is not None and not peer.has_left]
 
     def _stall_report(self) -> str:
         """Who hangs where; first those that do not wait for others, since the others wait for them."""
-        places = [(str(self), _where()), *((str(peer), peer.where) for peer in self._peers)]
-        slow = [f"{who}, in {where['where']}" for who, where in places if where is not None and not where["waits"]]
-        silent = [who for who, where in places if where is None]
-        waiting = [f"{who}, in {where['where']}" for who, where in places if where is not None and where["waits"]]
+        groups: dict[tuple[bool, str], list[str]] = {}
+        for who, where in [(str(self), _where()), *((str(peer), peer.where) for peer in self._members())]:
+            key = (False, "says nothing") if where is None else (bool(where["waits"]), f"is in {where['where']}")
+            groups.setdefault(key, []).append(who)
         lines = [f"no process has got on for {self._patience.stall / 60:g} minutes; the stack of each is in its log"]
-        for title, found in (("busy with something else", slow), ("says nothing", silent), ("waiting for others", waiting)):
-            lines += [f"  {title}: {who}" for who in found[:8]]
-            lines += [f"  {title}: {len(found) - 8} more"] if len(found) > 8 else []
+        # Kernels run behind their launch: on a GPU each may seem busy, and those at another place than most are to be looked at.
+        for (waits, place), ranks in sorted(groups.items(), key=lambda item: (item[0][0], len(item[1]))):
+            more = f" and {len(ranks) - _MOST_NAMED} more" if len(ranks) > _MOST_NAMED else ""
+            doing = ", waiting for others" if waits else ""
+            lines.append(f"  {', '.join(ranks[:_MOST_NAMED])}{more}: {place}{doing}")
         return "\n".join(lines)
 
-    def _lose(self, reason: str) -> None:
+    def _lose(self, reason: str, exit_code: int = LostProcess.exit_code) -> None:
         if self._known.is_set():
             return
-        self._reason = reason
+        self._reason, self._exit_code = reason, exit_code
+        self.beat()  # time to fail by itself, with its own words: the others' error is often this process's as well
         self._known.set()
         if self.rank == 0:
-            for peer in self._peers:
-                if not peer.has_left:
-                    peer.send("end", reason)
+            for peer in self._members():
+                peer.send("end", [reason[:_LONGEST_REASON], exit_code])
 
     def _end(self) -> None:
         """End this process, whose main thread is stuck in a collective that no exception can reach."""
@@ -352,7 +393,14 @@ class Liveness:
         for note in self._at_end:
             with contextlib.suppress(Exception):
                 note(self._reason)
-        os._exit(LostProcess.exit_code)
+        os._exit(self._exit_code)
+
+
+def _allow_many_connections() -> None:
+    """Let this process hold as many connections as the system lets it: the usual limit is 1024 files."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, hard), hard))
 
 
 def _message(line: bytes) -> tuple[str, Any]:
@@ -376,7 +424,7 @@ def _where() -> dict[str, Any]:
         found = False
         while frame is not None:
             file = frame.f_code.co_filename
-            waits |= any(part in file for part in _COLLECTIVES)
+            waits |= any(part in file for part in _COLLECTIVES)  # in any thread: autograd's may be the one
             if thread == threading.main_thread().ident and not found and Path(file).is_relative_to(_PACKAGE):
                 where = f"{Path(file).relative_to(_PACKAGE)}:{frame.f_lineno} {frame.f_code.co_name}"
                 found = True

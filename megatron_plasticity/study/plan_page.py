@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import textwrap
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ from megatron_plasticity.config.training import PretrainConfig
 from megatron_plasticity.data.stream import corpus_hash
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.launch.hostfile import read_hostfile
-from megatron_plasticity.launch.plan import PEAK_FLOPS, Machine, decimal, hours_text
+from megatron_plasticity.launch.plan import PEAK_FLOPS, WIDTH, Machine, decimal, hours_text
 from megatron_plasticity.models.sizes import parameter_count
 from megatron_plasticity.study.check import check_study, task_problems
 from megatron_plasticity.study.cost import SAMPLING, Cost, Costs
@@ -25,7 +26,7 @@ _COUNTED = ("import", "pretrain", "finetune", "evaluate")
 
 
 def study_page(config: StudyConfig, machine: Machine, here: bool = True) -> str:
-    """The whole plan as text. Without `here` it says nothing of this machine: what is prepared, done and free on it.
+    """The whole plan as text, 110 columns wide. Without `here` it says nothing of this machine: what is prepared, done, free.
 
     Raises ConfigError, with all problems, for a study that cannot work on GPUs of this kind.
     """
@@ -85,7 +86,8 @@ def _bases(config: StudyConfig, bases: Sequence[PretrainConfig]) -> Iterator[str
 
 def _what_follows(config: StudyConfig, plan: StudyPlan) -> Iterator[str]:
     tasks = [task.name for task in config.tasks]
-    yield f"each fine-tuned and evaluated on {len(tasks)} tasks: {', '.join(tasks) or 'none'}"
+    text = f"each fine-tuned and evaluated on {len(tasks)} tasks: {', '.join(tasks) or 'none'}"
+    yield from textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_on_hyphens=False)
     if config.finetune_axes:
         yield f"in {len(variants(config))} ways:"
         for path, values in config.finetune_axes.items():
@@ -127,12 +129,18 @@ def _costs(costs: Costs) -> Iterator[str]:
         total += cost
         yield _cost_row(kind, cost, on_gpus)
     yield _cost_row("all", total, on_gpus)
-    yield "  Of fine-tuning and evaluation upper bounds: every example and every answer as long as it may be, every example that"
-    yield "  the task's source has; prompts are not counted. Analyses are not counted. ? is not known before it is there."
+    notes = [
+        "Figures of fine-tuning and evaluation are upper bounds: every example that the task's source has, each of them and "
+        "every answer as long as it may be; prompts do not count. Analyses do not count. ? cannot be known before it is there."
+    ]
     if on_gpus:
         bf16, fp32 = (PEAK_FLOPS[precision] / 1e12 for precision in ("bf16", "fp32"))
-        yield f"  GPU-hours ASSUME, of the {bf16:g} TFLOP/s in bf16 and {fp32:g} in fp32 that are the peaks of an H100 or H200,"
-        yield f"  an MFU of {costs.machine.mfu:.0%} in training and {SAMPLING:.0%} of that in sampling (not measured; --mfu)"
+        notes.append(
+            f"GPU-hours ASSUME an MFU of {costs.machine.mfu:.0%} in training, and {SAMPLING:.0%} of that in sampling, of "
+            f"{bf16:g} TFLOP/s in bf16 and {fp32:g} in fp32, the peaks of an H100 or H200 (not measured; --mfu changes it)."
+        )
+    for note in notes:
+        yield from textwrap.wrap(note, WIDTH, initial_indent="  ", subsequent_indent="  ")
 
 
 def _cost_row(kind: str, cost: Cost, on_gpus: bool) -> str:

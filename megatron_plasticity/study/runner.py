@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import shutil
+import sys
 import time
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
@@ -20,12 +22,14 @@ from megatron_plasticity.config.study import ResourcesConfig, StudyConfig
 from megatron_plasticity.data.prepare import read_manifest
 from megatron_plasticity.data.stream import corpus_hash
 from megatron_plasticity.errors import Interrupted, UserError
+from megatron_plasticity.launch.plan import Machine, decimal
 from megatron_plasticity.study.backends import SECONDS_TO_STOP, Backend, Job
 from megatron_plasticity.study.backends.hostfile import HostfileBackend
-from megatron_plasticity.study.backends.local import LocalBackend, run_alone, study_workers
+from megatron_plasticity.study.backends.local import LocalBackend, gpu_gibibytes, run_alone, study_workers
 from megatron_plasticity.study.backends.slurm import SlurmBackend
 from megatron_plasticity.study.check import check_sources, check_study
 from megatron_plasticity.study.claim import Claim, claimed
+from megatron_plasticity.study.cost import Costs
 from megatron_plasticity.study.display import StudyDisplay
 from megatron_plasticity.study.jobs import prepare_corpus
 from megatron_plasticity.study.plan import PlannedCell, StudyPlan, plan_study
@@ -53,7 +57,7 @@ class StudyOutcome:
     failed: dict[str, str]
     """Cell id → reason."""
     not_started: tuple[str, ...]
-    """Cells whose parent failed, or that were not asked for."""
+    """Cells whose parent failed."""
 
 
 def run_study(config: StudyConfig, only: Collection[str] | None = None) -> StudyOutcome:
@@ -61,7 +65,7 @@ def run_study(config: StudyConfig, only: Collection[str] | None = None) -> Study
 
     Raises Interrupted after Ctrl-C or SIGTERM, with every run saved or left to the queue that it is in.
     """
-    bases = check_study(config)
+    bases = check_study(config, gpu_gibibytes=gpu_gibibytes(config))
     folder = study_folder(config)
     with explain_disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,6 +79,7 @@ def run_study(config: StudyConfig, only: Collection[str] | None = None) -> Study
             data = bases[0].data
             plan = plan_study(config, corpus_hash(data.model_copy(update={"folder": corpus or data.folder})))
         _write_study_file(plan, corpus)
+        _warn_of_a_small_disk(plan)
         with _mirrored(config, folder):
             return _Runner(plan, backend, claim, stop, only).run()
 
@@ -136,6 +141,18 @@ def _write_study_file(plan: StudyPlan, corpus: Path | None) -> None:
                 "corpus": {"folder": str(corpus), "manifest": read_manifest(corpus)} if corpus else None,
                 "cells": [cell.to_json() for cell in plan.cells],
             },
+        )
+
+
+def _warn_of_a_small_disk(plan: StudyPlan) -> None:
+    """A warning, and no more: a study runs for weeks, in which others may make room."""
+    needed = Costs(plan, Machine()).of(cell for cell in plan.cells if not _is_done(cell)).disk or 0
+    free = shutil.disk_usage(plan.folder).free
+    if needed > free:
+        print(
+            f"warning: the runs that are left will write {decimal(needed)} of checkpoints and activations, and {decimal(free)} "
+            f"are free in {plan.folder}: make room in time, or choose another `output`",
+            file=sys.stderr,
         )
 
 
@@ -349,7 +366,7 @@ class _Runner:
             job.kill()
 
     def _unreachable(self) -> list[str]:
-        return [cell.id for cell in self.plan.cells if cell.id not in self.done and cell.id not in self.failed]
+        return [cell.id for cell in self.plan.cells if cell.id in self.wanted - self.done - self.failed.keys()]
 
 
 def _with_descendants(plan: StudyPlan, ids: Collection[str]) -> list[PlannedCell]:
@@ -375,8 +392,8 @@ def _held_elsewhere(cell: PlannedCell) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A config for JSON, which has no name for infinity: a text stands for it, as it may in YAML. (pydantic's own way turns it into
-    null where any type is allowed, as in `axes`.)"""
+    """A config for JSON, which has no name for infinity: a text stands for it, as it may in YAML. (pydantic's own way turns it
+    into null where any type is allowed, as in `axes`.)"""
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import time
 from collections import Counter
@@ -27,6 +28,7 @@ COUNTED = ("done", "running", "queued", "retry", "waiting", "failed", "blocked")
 """What a run can be: done; under way; submitted to a queue; failed, to be tried again; to be started; failed for good; in need of
 one that failed."""
 _SECONDS_UNTIL_SILENT = 120.0
+_WIDTH_OF_A_PIPE = 2000
 
 
 @dataclass(frozen=True)
@@ -178,8 +180,11 @@ def _headline(status: StudyStatus) -> str:
 
 def _runner(status: StudyStatus) -> str:
     runner = status.runner
+    if runner is None and status.is_done:
+        return "every run is done"
     if runner is None:
-        return "every run is done" if status.is_done else "no runner; `megatron-plasticity study run` goes on"
+        verb = "run" if status.of("waiting", "running") else "retry"
+        return f"no runner; `megatron-plasticity study {verb}` goes on"
     text = f"runner: process {runner.get('pid')} on {runner.get('host')}"
     with contextlib.suppress(KeyError, TypeError):
         silent = time.time() - runner["heartbeat"]
@@ -245,21 +250,30 @@ def watch(folder: Path, show_all: bool, seconds: float) -> None:
     from rich.console import Console
     from rich.live import Live
 
-    console = _console()
-    status = read_status(folder)
-    if not console.is_terminal:
-        for status in _until_done(folder, seconds):
-            console.print(status_page(status, show_all))
-            console.print()
-        return
-    with Live(console=Console(), screen=False, auto_refresh=False) as live, contextlib.suppress(KeyboardInterrupt):
-        for status in _until_done(folder, seconds):
-            live.update(status_page(status, show_all), refresh=True)
+    console = Console(highlight=False)
+    with contextlib.suppress(KeyboardInterrupt):
+        if not console.is_terminal:
+            for status in _until_done(folder, seconds):
+                show(status, show_all)
+                print(flush=True)
+            return
+        with Live(console=console, auto_refresh=False, vertical_overflow="visible") as live:
+            for status in _until_done(folder, seconds):
+                live.update(status_page(status, show_all), refresh=True)
 
 
 def show(status: StudyStatus, show_all: bool) -> None:
-    """Print the page once."""
-    _console().print(status_page(status, show_all))
+    """Print the page once; into a pipe with one line per run, however long."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    if console.is_terminal:
+        console.print(status_page(status, show_all))
+        return
+    wide = Console(highlight=False, width=_WIDTH_OF_A_PIPE, file=io.StringIO())
+    with wide.capture() as captured:
+        wide.print(status_page(status, show_all))
+    print("\n".join(line.rstrip() for line in captured.get().splitlines()))
 
 
 def _until_done(folder: Path, seconds: float) -> Iterator[StudyStatus]:
@@ -269,11 +283,3 @@ def _until_done(folder: Path, seconds: float) -> Iterator[StudyStatus]:
         if status.is_done:
             return
         time.sleep(seconds)
-
-
-def _console() -> Any:
-    """The terminal; a pipe is given lines that are not cut at 80 columns."""
-    from rich.console import Console
-
-    console = Console(highlight=False, soft_wrap=False)
-    return console if console.is_terminal else Console(highlight=False, width=200)

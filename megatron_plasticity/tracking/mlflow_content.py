@@ -194,17 +194,16 @@ def _params_of_pretraining(origin: Origin, weight_decay: float | None) -> dict[s
 
 def _description(kind: str, config: Mapping[str, Any], origin: Origin, weight_decay: float | None, step: int | None) -> str:
     """One sentence, and the folder that is read, for a person who sees the run among hundreds."""
-    facts = [f"λ = {_short(weight_decay)}"] if weight_decay is not None else []
+    text = f"{_WORK.get(kind, kind.capitalize() + ' of')} a {' '.join(filter(None, (origin.size, origin.family or 'model')))}"
+    if kind != "pretrain" and (weight_decay is not None or origin.tokens is not None):
+        text += " pretrained"
+    if weight_decay is not None:
+        text += f" with λ = {_short(weight_decay)}"
     if origin.tokens is not None:
         ratio = _short(origin.tokens_per_parameter, digits=3)
-        facts.append(f"{short_count(origin.tokens)} tokens" + (f" ({ratio} per parameter)" if ratio else ""))
+        text += f" on {short_count(origin.tokens)} tokens" + (f" ({ratio} per parameter)" if ratio else "")
     if step is not None:
-        facts.append(f"taken at step {step}")
-    model = " ".join(part for part in (origin.size, origin.family or "model") if part)
-    pretrained = (
-        f" pretrained with {', '.join(facts)}" if facts and kind != "pretrain" else "".join(f", {fact}" for fact in facts)
-    )
-    text = f"{_WORK.get(kind, kind.capitalize() + ' of')} a {model}{pretrained}"
+        text += f", taken at step {step}"
     tasks = [config["task"]] if config.get("task") else list(config.get("tasks") or ())
     if names := [task["name"] if isinstance(task, Mapping) else str(task) for task in tasks]:
         text += f"; {'task' if len(names) == 1 else 'tasks'}: {', '.join(names)}"

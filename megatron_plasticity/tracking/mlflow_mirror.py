@@ -22,8 +22,10 @@ from typing import TYPE_CHECKING, Any
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.tracking.mlflow_background import mirror_in_background
 from megatron_plasticity.tracking.mlflow_content import NOTE, DatasetRecord, RunContent, run_content, study_content
-from megatron_plasticity.tracking.mlflow_cursor import Cursor, Measurement
-from megatron_plasticity.tracking.mlflow_models import is_headline, send_models, send_table
+from megatron_plasticity.tracking.mlflow_cursor import Cursor
+from megatron_plasticity.tracking.mlflow_experiment import describe, experiment_id
+from megatron_plasticity.tracking.mlflow_metrics import last_step, parts, send_metrics, send_results
+from megatron_plasticity.tracking.mlflow_models import send_models, send_table
 from megatron_plasticity.tracking.mlflow_store import (
     StoreError,
     alone_with,
@@ -42,14 +44,11 @@ if TYPE_CHECKING:
 
 __all__ = ["MlflowMirror", "mirror_in_background", "tracking_uri"]
 
-# Limits of one request.
-METRICS_PER_BATCH = 1000
 TAGS_AND_PARAMS_PER_BATCH = 100
+"""MLflow's limit of one request."""
 
 PARENT_TAG = "mlflow.parentRunId"
 _ENDED = ("FINISHED", "FAILED", "KILLED")
-# MLflow's page otherwise takes an experiment for one of agents and prompts, and shows neither runs nor models.
-_EXPERIMENT_TAGS = {"mlflow.experimentKind": "custom_model_development"}
 _WATCHED_FILES = ("config.yaml", "inputs.json", "state.json", "metrics.jsonl", "results.json", "samples.parquet")
 
 Signature = tuple[Any, ...]
@@ -104,11 +103,6 @@ class MlflowMirror:
         with self._explained_errors():
             self._send(run_content(folder), parent=None)
 
-    def _describe(self, client: MlflowClient, study: Mapping[str, Any]) -> None:
-        """Put the study's description on its experiment, unless there is one."""
-        if study.get("description") and NOTE not in client.get_experiment(self._experiment_id).tags:
-            client.set_experiment_tag(self._experiment_id, NOTE, without_credentials(study["description"]))
-
     def sync_study(self, study: Mapping[str, Any], folder: Path, over: bool = False) -> None:
         """Bring a study up to date; `study` is what its `study.json` says. Cells that have not begun are left out.
 
@@ -124,7 +118,7 @@ class MlflowMirror:
                 problems.append(f"{name}: {error}")
         with self._explained_errors():
             if self._client is None:
-                self._describe(self._connected(), study)
+                describe(self._connected(), self._experiment_id, study.get("description"))
             root = self._send(study_content(study, folder, list(states.values()), over), parent=None)
             run_ids: dict[str | None, str] = {}
             for name in _parents_first(cells):
@@ -162,16 +156,18 @@ class MlflowMirror:
         tags = content.tags if parent is None else {**content.tags, PARENT_TAG: parent}
         # Out of the books while sending: after an error, what the store holds must be asked for again.
         mirrored = self._mirrored.pop(folder, None) or self._attach(client, content, tags)
-        self.answers += 1
+        self._answered()
         _send_tags_and_params(client, mirrored, tags, content.params)
         if content.datasets and not mirrored.has_datasets:
             client.log_inputs(mirrored.run_id, datasets=_dataset_inputs(content.datasets))
             mirrored.has_datasets = True
-        self._send_metrics(client, mirrored, content)
+        mirrored.cursor = send_metrics(client, mirrored.cursor, content, self._answered)
         if (models := (content.model_made, content.model_read)) != mirrored.models:
-            mirrored.model_id = send_models(client, client.get_run(mirrored.run_id), *models)
+            mirrored.model_id = send_models(
+                client, client.get_run(mirrored.run_id), *models, step=last_step(mirrored.cursor, content)
+            )
             mirrored.models = models
-        self._send_results(client, mirrored, content)
+        send_results(client, mirrored.cursor, content, mirrored.model_id, self._answered)
         if content.status != mirrored.status:
             if content.status in _ENDED:
                 client.set_terminated(mirrored.run_id, content.status, _milliseconds(content.finished))
@@ -186,44 +182,8 @@ class MlflowMirror:
         self._mirrored[folder] = mirrored
         return mirrored.run_id
 
-    def _send_metrics(self, client: MlflowClient, mirrored: _Mirrored, content: RunContent) -> None:
-        """Send what the files of metrics hold beyond the cursor."""
-        cursor, known, read_before = mirrored.cursor, {}, dict(mirrored.cursor.positions)
-        if cursor.sending or not cursor.goes_on(content.folder):
-            known = _known_steps(client, mirrored.run_id)
-            mirrored.cursor = cursor = Cursor(cursor.run_id, doubtful=cursor.doubtful)
-            cursor.take([Measurement(name, 0.0, 0.0, max(known[name])) for name in content.results if known.get(name)])
-        new = cursor.take_new(content.folder, known)
-        if new:
-            self._send_measurements(client, mirrored, content, new)
-        elif cursor.positions != read_before:
-            cursor.write(content.folder)
-
-    def _send_results(self, client: MlflowClient, mirrored: _Mirrored, content: RunContent) -> None:
-        """Send the scalars of the results, which belong to the model as well, so that MLflow's table of models has them."""
-        cursor = mirrored.cursor
-        last_step = max((step for name, step in cursor.steps.items() if name not in content.results), default=0)
-        missing = {name: value for name, value in content.results.items() if name not in cursor.steps}
-        new = cursor.take(Measurement(name, value, content.finished or 0.0, last_step) for name, value in missing.items())
-        if new:
-            self._send_measurements(client, mirrored, content, new, mirrored.model_id)
-
-    def _send_measurements(
-        self, client: MlflowClient, mirrored: _Mirrored, content: RunContent, new: list[Measurement], model_id: str | None = None
-    ) -> None:
-        from mlflow.entities import Metric
-
-        mirrored.cursor.sending = True
-        mirrored.cursor.write(content.folder)
-        for part in _parts(new, METRICS_PER_BATCH):
-            metrics = [
-                Metric(m.name, m.value, round(m.time * 1000), m.step, model_id=model_id if is_headline(m.name) else None)
-                for m in part
-            ]
-            client.log_batch(mirrored.run_id, metrics=metrics, synchronous=True)
-            self.answers += 1
-        mirrored.cursor.sending = False
-        mirrored.cursor.write(content.folder)
+    def _answered(self) -> None:
+        self.answers += 1
 
     def _attach(self, client: MlflowClient, content: RunContent, tags: Mapping[str, str]) -> _Mirrored:
         """The run that mirrors this folder: the one of the cursor, else the one with its tags, else a new one."""
@@ -275,7 +235,7 @@ class MlflowMirror:
     def _connected(self) -> MlflowClient:
         if self._client is None:
             client = connect(self.uri)
-            self._experiment_id = _experiment_id(client, self.experiment, sqlite_folder(self.uri))
+            self._experiment_id = experiment_id(client, self.experiment, sqlite_folder(self.uri))
             self._client = client
         return self._client
 
@@ -302,9 +262,9 @@ def _send_tags_and_params(client: MlflowClient, mirrored: _Mirrored, tags: Mappi
         for key, value in tags.items()
         if mirrored.tags.get(key) != value and not (key == NOTE and key in mirrored.tags)
     ]
-    for part in _parts(new_params, TAGS_AND_PARAMS_PER_BATCH):
+    for part in parts(new_params, TAGS_AND_PARAMS_PER_BATCH):
         client.log_batch(mirrored.run_id, params=part, synchronous=True)
-    for part in _parts(new_tags, TAGS_AND_PARAMS_PER_BATCH):
+    for part in parts(new_tags, TAGS_AND_PARAMS_PER_BATCH):
         client.log_batch(mirrored.run_id, tags=part, synchronous=True)
     if "error" in mirrored.tags and "error" not in tags:  # of an earlier attempt
         client.delete_tag(mirrored.run_id, "error")
@@ -344,12 +304,6 @@ def _active_run(client: MlflowClient, run_id: str) -> Run | None:
     return run if run.info.lifecycle_stage == "active" else None
 
 
-def _known_steps(client: MlflowClient, run_id: str) -> dict[str, set[int]]:
-    """Metric → the steps of it that the store has."""
-    metrics = client.get_run(run_id).data.metrics
-    return {name: {metric.step for metric in client.get_metric_history(run_id, name)} for name in metrics}
-
-
 def _made_by(content: RunContent) -> dict[str, str]:
     """Tags that MLflow's page shows in columns of their own."""
     tags = {"mlflow.source.name": f"{content.tags['kind']} (megatron-plasticity)", "mlflow.source.type": "LOCAL"}
@@ -369,31 +323,6 @@ def _size_and_time(file: Path) -> tuple[int, int]:
     except OSError:
         return -1, -1
     return found.st_size, found.st_mtime_ns
-
-
-def _experiment_id(client: MlflowClient, name: str, folder: Path | None) -> str:
-    """The id of the experiment called `name`, which is made if it is not there; `folder` is that of a local store."""
-    from mlflow.exceptions import MlflowException
-
-    experiment = client.get_experiment_by_name(name)
-    if experiment is None:
-        try:
-            # Left alone, MLflow would name a folder in whatever the working directory is.
-            return client.create_experiment(
-                name, artifact_location=str(folder.resolve() / "mlartifacts") if folder else None, tags=_EXPERIMENT_TAGS
-            )
-        except MlflowException as error:
-            experiment = client.get_experiment_by_name(name)  # another process may just have made it
-            if experiment is None:
-                raise error
-    if experiment.lifecycle_stage != "active":
-        raise UserError(
-            f"MLflow experiment {name!r} was deleted; restore it (`mlflow experiments restore`) or choose another name"
-        )
-    for key, value in _EXPERIMENT_TAGS.items():
-        if key not in experiment.tags:
-            client.set_experiment_tag(experiment.experiment_id, key, value)
-    return experiment.experiment_id
 
 
 def _is_of_the_store(error: Exception) -> bool:
@@ -437,8 +366,3 @@ def _parents_first(cells: Mapping[str, Mapping[str, Any]]) -> list[str]:
 
 def _milliseconds(seconds: float | None) -> int | None:
     return None if seconds is None else round(seconds * 1000)
-
-
-def _parts(items: list[Any], size: int) -> Iterator[list[Any]]:
-    for begin in range(0, len(items), size):
-        yield items[begin : begin + size]

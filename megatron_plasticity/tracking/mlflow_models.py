@@ -38,8 +38,9 @@ def is_headline(metric: str) -> bool:
     return _HEADLINE.fullmatch(metric) is not None
 
 
-def send_models(client: MlflowClient, run: Run, made: str | None, read: str | None) -> str | None:
-    """Note in MLflow that `run` made the model `made` and read the model `read`, each an identity, unless it says so already.
+def send_models(client: MlflowClient, run: Run, made: str | None, read: str | None, step: int) -> str | None:
+    """Note in MLflow that `run` made the model `made` at its step `step`, and read the model `read`, each an identity, unless it
+    says so already.
 
     Returns MLflow's id of the model that the run's results are about: the one that it made, else the one that it read.
     """
@@ -50,7 +51,7 @@ def send_models(client: MlflowClient, run: Run, made: str | None, read: str | No
     if made is not None:
         made_id = _model_id(client, experiment_id, made)
         if not (run.outputs and run.outputs.model_outputs):
-            client.log_outputs(run_id, models=[LoggedModelOutput(made_id, step=0)])
+            client.log_outputs(run_id, models=[LoggedModelOutput(made_id, step=step)])
     if read is not None:
         read_id = _model_id(client, experiment_id, read)
         if not (run.inputs and run.inputs.model_inputs):

@@ -73,7 +73,7 @@ class Machine:
 
     def _disk(self) -> Reading:
         disk = self._psutil.disk_usage(str(self._folder))
-        return {"disk_usage_percentage": disk.percent, "disk_available_megabytes": disk.free / _MEGABYTE}
+        return {"disk_available_megabytes": disk.free / _MEGABYTE}
 
     def _network(self) -> Reading:
         received, sent = self._traffic()

@@ -72,6 +72,8 @@ class TrainingEngine:
         self._cross_entropy = torch.zeros((), dtype=torch.float64, device=grid.device)
         self._loss_scale = 0.0
         self._gradient_norm = torch.zeros(())
+        self.skipped_steps = 0
+        """Steps so far that changed nothing, those before the checkpoint that the run went on from among them."""
         self.step_was_skipped = False
         """Whether the last step changed nothing, on all processes, since the gradient was not finite on one."""
 
@@ -112,6 +114,7 @@ class TrainingEngine:
                     self._engine.step()
         # DeepSpeed's ZeRO optimizers leave a step out, without Adam and without decay, when the norm is not finite.
         self.step_was_skipped |= self._engine.skipped_steps > skipped_before
+        self.skipped_steps += self.step_was_skipped
         return self._reported_cross_entropy()
 
     def set_learning_rate(self, learning_rate: float) -> None:
@@ -167,16 +170,19 @@ class TrainingEngine:
         """Names and whole AdamW moments, as `trained_weights`."""
         return self._on_main(lambda parameter: full_moment(self._engine, parameter, moment))
 
-    def restore(self, weights: Mapping[str, Tensor], moments: Mapping[Moment, Mapping[str, Tensor]], step: int) -> None:
-        """Continue from fp32 weights and moments of all that is trained, by name, after `step` steps. The model must have been
-        built from `weights`."""
+    def restore(
+        self, weights: Mapping[str, Tensor], moments: Mapping[Moment, Mapping[str, Tensor]], step: int, skipped_steps: int = 0
+    ) -> None:
+        """Continue from fp32 weights and moments of all that is trained, by name, after `step` steps, of which `skipped_steps`
+        changed nothing. The model must have been built from `weights`."""
         assert set(moments) == set(MOMENTS)
 
         def part(name: str, whole: Tensor) -> Tensor:
             return self.model.sharding(name).take(whole, self.grid.tensor.rank)
 
         trained = {name: parameter for name, parameter in self.model.named_parameters() if parameter.requires_grad}
-        restore(self._engine, trained, weights, moments, part, step)
+        restore(self._engine, trained, weights, moments, part, step - skipped_steps)
+        self.skipped_steps = skipped_steps
 
     def close(self) -> None:
         """Let go of hooks and buffers, so that the next run of this process starts clean."""

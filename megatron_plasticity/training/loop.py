@@ -78,4 +78,5 @@ def _interrupted(stop: StopSignal, step: int) -> Interrupted:
     return Interrupted(
         f"stopped by {name} after step {step}; a checkpoint was saved, run the same command again to go on",
         stop.received or 15,
+        by_all=True,
     )

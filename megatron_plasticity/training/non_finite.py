@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Collection
 
 from megatron_plasticity.data.micro_batch import MicroBatch
 from megatron_plasticity.errors import UserError
@@ -20,21 +21,20 @@ _MOST_NAMED = 16
 class NonFiniteSteps(Callback):
     """Follows `engine.non_finite`: stops, or skips and keeps count; names the samples whose loss is not finite."""
 
-    def __init__(self, engine: TrainingEngine, sample_name: str, write: WriteRow) -> None:
-        """`sample_name` is what `StepBatch.samples` numbers, such as "block"."""
+    def __init__(self, engine: TrainingEngine, sample_name: str, write: WriteRow, skipped: Collection[int] = ()) -> None:
+        """`sample_name` is what `StepBatch.samples` numbers, such as "block"; `skipped` are the steps skipped so far."""
         self._engine, self._sample_name, self._write = engine, sample_name, write
-        self._in_a_row = 0
+        self._skipped = set(skipped)
 
     def after_step(self, outcome: StepOutcome) -> None:
         if not outcome.skipped:
-            self._in_a_row = 0
             return
-        self._in_a_row += 1
         message = self._describe(outcome)
         if self._engine.recipe.engine.non_finite == "stop":
             raise UserError(f"{message}. Lower the learning rate or λ, or have such steps left out: engine.non_finite=skip")
-        if self._in_a_row > MOST_IN_A_ROW:
+        if self._skipped.issuperset(range(outcome.step - MOST_IN_A_ROW, outcome.step)):
             raise UserError(f"{message}. So were the {MOST_IN_A_ROW} steps before it: lower the learning rate or λ")
+        self._skipped.add(outcome.step)
         if self._engine.grid.is_main:
             print(f"warning: {message}; the step is skipped", file=sys.stderr, flush=True)
             self._write(outcome.step, {SKIPPED: 1.0})
@@ -57,7 +57,11 @@ class NonFiniteSteps(Callback):
         decay, rate = engine.groups.weight_decay, outcome.learning_rate
         return (
             f"step {outcome.step}: the gradient is not finite, so no weight was changed (λ={decay:g}, learning rate {rate:.3g}). "
-            + (f"The loss is not finite on {named}" if named else "Each sample's loss is finite: it is the backward pass")
+            + (
+                f"The loss is not finite on {named}"
+                if named
+                else "No sample's cross-entropy is other than finite: look at the backward pass, or at the z-loss"
+            )
         )
 
 
@@ -66,9 +70,7 @@ def _rows(micro_batch: MicroBatch, samples: list[int]) -> list[tuple[MicroBatch,
     if len(micro_batch.inputs) != len(samples):
         return [(micro_batch, samples)]
     rows = [slice(row, row + 1) for row in range(len(samples))]
-    return [
-        (MicroBatch(micro_batch.inputs[row], micro_batch.targets[row], micro_batch.segments), samples[row]) for row in rows
-    ]
+    return [(MicroBatch(micro_batch.inputs[row], micro_batch.targets[row], micro_batch.segments), samples[row]) for row in rows]
 
 
 def _some(names: list[str]) -> str:

@@ -21,7 +21,7 @@ class TrainerState:
     pure function of the seed and the step."""
 
     step: int
-    """Optimizer steps taken; the next one is number `step`, 0-based."""
+    """Steps done; the next one is number `step`, 0-based."""
     kind: str
     """`pretrain` or `finetune`."""
     run: str
@@ -32,11 +32,21 @@ class TrainerState:
     """What else decides an AdamW step."""
     data: dict[str, Any]
     """What decides which samples step `step` reads."""
+    skipped_steps: int = 0
+    """How many of the steps changed nothing (`engine.non_finite`): Adam's own count of steps is smaller by so many."""
     format: int = FORMAT
 
     @classmethod
     def of(
-        cls, step: int, total_steps: int, kind: str, run: str, groups: DecayGroups, recipe: TrainingRecipe, data: dict[str, Any]
+        cls,
+        step: int,
+        total_steps: int,
+        kind: str,
+        run: str,
+        groups: DecayGroups,
+        recipe: TrainingRecipe,
+        data: dict[str, Any],
+        skipped_steps: int = 0,
     ) -> TrainerState:
         optimizer = {
             "learning_rate": recipe.optimizer.learning_rate,
@@ -47,7 +57,7 @@ class TrainerState:
             "total_steps": total_steps,
         }
         data = {**data, "global_batch_size": recipe.batch.global_batch_size}
-        return cls(step, kind, run, groups.to_json(), optimizer, data)
+        return cls(step, kind, run, groups.to_json(), optimizer, data, skipped_steps)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

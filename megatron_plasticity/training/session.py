@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import math
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -64,9 +65,12 @@ class TrainingSession:
                 callback.before_checkpoint()
             self.save(step)
 
-        losses = [row["train/loss"] for row in read_metrics(self.folder.metrics_path) if "train/loss" in row]
+        rows = read_metrics(self.folder.metrics_path)
+        losses = [row["train/loss"] for row in rows if "train/loss" in row]
+        # The main process's word, since only it has cut the file to the steps that are in the weights.
+        skipped = self.engine.grid.from_main([row["step"] for row in rows if SKIPPED in row])
         watchers: list[Callback] = [
-            NonFiniteSteps(self.engine, self.batches.sample_name, self.write_row),
+            NonFiniteSteps(self.engine, self.batches.sample_name, self.write_row, skipped),
             TrainingMetrics(self.engine, total, logging.every_steps, self.write_row, progress, losses),
             Norms(self.engine, total, logging.norms_every_steps, self.write_row),
             *callbacks,
@@ -84,11 +88,12 @@ class TrainingSession:
         return self.folder.path / "checkpoints" / f"step-{step}"
 
     def results(self) -> dict[str, Any]:
-        """What every finished training run puts into results.json; the loss is that of the last step."""
+        """What every finished training run puts into results.json; the loss is that of the last step that was logged and not
+        skipped."""
         rows = read_metrics(self.folder.metrics_path)
         losses = [row["train/loss"] for row in rows if "train/loss" in row]
         return {
-            "train_loss": losses[-1],
+            "train_loss": losses[-1] if losses else math.nan,
             "skipped_steps": [row["step"] for row in rows if SKIPPED in row],
             "loss_spikes": [row["step"] for row in rows if SPIKE in row],
             "steps": self.batches.steps,
@@ -107,8 +112,16 @@ class TrainingSession:
             return
         assert self.log is not None
         self.log.sync()
+        engine = self.engine
         state = TrainerState.of(
-            step, self.batches.steps, self.kind, self.folder.path.name, self.engine.groups, self.recipe, self.data_identity
+            step,
+            self.batches.steps,
+            self.kind,
+            self.folder.path.name,
+            engine.groups,
+            self.recipe,
+            self.data_identity,
+            engine.skipped_steps,
         )
         path = self.checkpoint_path(step)
         with explain_disk_errors(path), self.engine.grid.liveness.busy():
@@ -150,7 +163,8 @@ def training_session(
                 raise CheckpointError(
                     f"{source.path}: at step {start_step}, not before the last of the {batches.steps} steps of this run"
                 )
-            engine.restore(weights, {moment: source.tensors(moment, shapes) for moment in MOMENTS}, start_step)
+            skipped = source.trainer.get("skipped_steps", 0)
+            engine.restore(weights, {moment: source.tensors(moment, shapes) for moment in MOMENTS}, start_step, skipped)
         log = MetricLog(folder.metrics_path, start_step) if grid.is_main else None
         yield TrainingSession(folder, recipe, engine, batches, start_step, data_identity, kind, log)
     finally:

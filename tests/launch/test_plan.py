@@ -13,8 +13,10 @@ from megatron_plasticity.config.load import load_config
 from megatron_plasticity.config.support import SUPPORT, unsupported
 from megatron_plasticity.config.training import PretrainConfig
 from megatron_plasticity.errors import UserError
+from megatron_plasticity.launch.hardware import Hardware, Links
 from megatron_plasticity.launch.plan import WIDTH, Layout, Machine, best_layouts, layouts, plan_page, reasons
 from megatron_plasticity.models.sizes import flops_per_token
+from tests.tools import load_tool
 
 Load = Callable[..., PretrainConfig]
 
@@ -114,8 +116,83 @@ def test_reasons_name_what_the_alternative_would_need(load: Load) -> None:
     assert len(lines) >= 5
 
 
+def test_layouts_are_ranked_by_predicted_time(load: Load) -> None:
+    """Up to times that lie too close together to tell; among those comes first what the order of preference puts first."""
+    config, machine = load(), Machine(80.0, hardware=Hardware())
+    found = best_layouts(config, 32, machine)
+    times = [layout.step_seconds(machine) for layout in found]
+    fitting = [layout for layout in layouts(config, 32) if layout.gibibytes <= machine.usable]
+    shortest = min(layout.step_seconds(machine) for layout in fitting)
+    equal = [place for place, seconds in enumerate(times) if seconds <= 1.05 * shortest]
+    assert equal == list(range(len(equal)))
+    assert [layout.rank for layout in found[: len(equal)]] == sorted(layout.rank for layout in found[: len(equal)])
+    assert times[len(equal) :] == sorted(times[len(equal) :])
+    assert best_layouts(config, 32, machine, count=1) == found[:1]
+    for layout in found:
+        alike = (layout.settings, {"micro_batch_size": 1})
+        same = [other for other in fitting if other.settings | alike[1] == alike[0] | alike[1]]
+        quickest = min(other.step_seconds(machine) for other in same)
+        assert layout.step_seconds(machine) == quickest
+
+
+def test_a_slow_network_changes_the_layout(load: Load) -> None:
+    """Where weights cannot be gathered in time, ranks of a node share them, or they stay whole."""
+    fast, slow = (Machine(80.0, hardware=Hardware(links=Links(network_gigabits=rate))) for rate in (400.0, 2.0))
+    config = load("engine.zero_stage=3")
+    best = best_layouts(config, 128, slow, count=1)[0]
+    assert best.zero_stage < 3
+    unchanged = Layout(config.model_copy(update={"batch": config.batch.model_copy(update={"micro_batch_size": 8})}), 128)
+    assert best.step_seconds(slow) < unchanged.step_seconds(slow)
+    assert unchanged.step_seconds(fast) < 0.5 * unchanged.step_seconds(slow)
+
+
+def test_the_page_of_predicted_times(run: Any, load: Load) -> None:
+    code, out, _ = run("--gpus", "8")
+    assert code == 0
+    assert "Times are PREDICTED" in out
+    config = load()
+    row = next(line.split() for line in out.splitlines() if line.startswith("config"))
+    predicted = Layout(config, 8).predicted(Hardware()).total
+    assert float(row[8]) == pytest.approx(predicted, rel=0.01)
+    assert float(row[9].replace(",", "")) == pytest.approx(config.tokens_per_step / predicted, rel=1e-3)
+    assert float(row[11].replace(",", "")) == pytest.approx(config.total_steps * predicted / 3600, rel=0.01)
+    shares = next(line.split() for line in out.splitlines() if line.startswith("config") and "|" in line)[1:8]
+    assert sum(float(share.rstrip("%")) for share in shares) == pytest.approx(100, abs=0.5)
+
+
+def test_hardware_can_be_chosen(run: Any) -> None:
+    def hours(*options: str) -> float:
+        out = run("--gpus", "8", *options)[1]
+        return float(next(line.split() for line in out.splitlines() if line.startswith("config"))[11].replace(",", ""))
+
+    assert hours("--gpu", "h200") < hours() < hours("--gpu", "a100")
+    assert hours("--gpus-per-node", "1", "--network", "10") > hours("--gpus-per-node", "1") > hours()
+
+
+def test_assumptions_are_printed(run: Any) -> None:
+    code, out, _ = run("--gpus", "1", "--gpu", "h200", "--network", "123", "--assumptions")
+    assert code == 0
+    for text in ("4.8 TB/s", "123 Gbit/s per GPU", "sustained_share", "source: NVIDIA's data sheet", "hook_seconds"):
+        assert text in out
+    assert max(len(line) for line in out.splitlines()) <= WIDTH
+
+
+def test_the_tables_of_the_document_are_current(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """For 8 GPUs; `tools/planning_tables.py --check` compares the other rows too, and takes longer."""
+    tables = load_tool("planning_tables")
+    shown = tables.DOCUMENT.read_text(encoding="utf-8")
+    monkeypatch.setattr(tables, "GPUS", (8,))
+    anew = tables.filled(shown).splitlines()
+    assert len(anew) > 100
+    assert [line for line in anew if line not in shown.splitlines()] == []
+    for current, code in ((True, 0), (False, 1)):
+        monkeypatch.setattr(tables, "filled", lambda text, drift=("" if current else "drift"): text + drift)
+        assert tables.main(["--check"]) == code
+    assert "planning.md is not current" in capsys.readouterr().err
+
+
 def test_the_page(run: Any, load: Load) -> None:
-    code, out, _ = run("--gpus", "8", "32", "128")
+    code, out, _ = run("--gpus", "8", "32", "128", "--mfu", "0.4")
     assert code == 0
     assert max(len(line) for line in out.splitlines()) <= WIDTH
     for gpus in (8, 32, 128):
@@ -172,6 +249,10 @@ def test_too_little_memory(run: Any) -> None:
         (("--memory", "-3"), "--memory -3: one GPU's memory in GiB"),
         (("--memory", "nan"), "--memory nan"),
         (("--mfu", "2"), "--mfu 2: a share of the GPU's peak"),
+        (("--gpu", "v100"), "--gpu v100: not known; choose one of h100, h200, a100"),
+        (("--gpus-per-node", "0"), "--gpus-per-node 0: a node has at least one GPU"),
+        (("--network", "-1"), "--network -1: gigabits per second"),
+        (("--mfu", "0.4", "--assumptions"), "--assumptions: with --mfu nothing is predicted"),
         (("model.layers=0",), "model.layers"),
     ],
 )
@@ -191,7 +272,7 @@ def test_an_unknown_file(run: Any) -> None:
 
 def test_every_shipped_run_can_be_planned(repository: Path) -> None:
     for path in sorted((repository / "configs/runs").glob("*.yaml")):
-        page = plan_page(load_config(PretrainConfig, path), [1, 8], Machine())
+        page = plan_page(load_config(PretrainConfig, path), [1, 8], Machine(hardware=Hardware()))
         assert max(len(line) for line in page.splitlines()) <= WIDTH
 
 

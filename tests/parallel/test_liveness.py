@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import socket
@@ -10,15 +9,19 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
+from megatron_plasticity.config.parallel import ParallelConfig
 from megatron_plasticity.config.training import PretrainConfig
 from megatron_plasticity.errors import Interrupted, LostProcess, UserError
+from megatron_plasticity.parallel.grid import process_grid
 from megatron_plasticity.parallel.liveness import Liveness, Patience
 from megatron_plasticity.tracking.progress import NoProgress
 from megatron_plasticity.training.pretrain import pretrain, pretrain_folder
-from tests.ranks import start_ranks
+from tests.ranks import run_on_ranks, start_ranks
 
 PATIENCE = Patience(between_signs=0.05, silence=0.6, without_progress=0.2, answers=0.5, stall=0.8)
 Join = Callable[[int], Liveness]
@@ -112,23 +115,36 @@ def test_silence_counts_as_death(join: Join, ended: dict[int, str]) -> None:
     """As when a network is cut: no connection ends, nothing arrives."""
     join(1)
     silent = socket.create_connection(("127.0.0.1", port_of(join(0))))
-    silent.sendall(json.dumps(["hello", [join(0)._token, 7, "node7"]]).encode() + b"\n")
+    silent.sendall(f"{join(0)._token} 7 node7\n".encode())
     wait_until(lambda: {0, 1} <= ended.keys())
     assert "rank 7 on node7 has given no sign of life for 0.6 s" in ended[1]
 
 
 @pytest.mark.parametrize(
-    "words", [b"GET / HTTP/1.1\r\n\r\n", b'["hello", ["wrong", 1, "x"]]\n', b"[]\n", b"\xff\xfe\n", b"x" * 200_000]
+    "words",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"wrong-token 1 x\n",
+        b"[]\n",
+        b"\xff\xfe\n",
+        b"x" * 200_000,
+        b"[" * 60_000 + b"\n",
+        b"{token} 1 x\n" + b"[" * 60_000 + b"\n",
+        b"{token} one x\n",
+    ],
 )
 def test_strangers_are_shown_the_door(join: Join, ended: dict[int, str], words: bytes) -> None:
     stranger = socket.create_connection(("127.0.0.1", port_of(join(0))))
     stranger.settimeout(5.0)
-    stranger.sendall(words)
     with pytest.raises((ConnectionError, EOFError)):
+        stranger.sendall(words.replace(b"{token}", join(0)._token.encode()))
         while stranger.recv(1000):
             pass
         raise EOFError
     assert ended == {}
+    thread = join(0)._thread
+    assert thread is not None
+    assert thread.is_alive()
 
 
 def test_nobody_ends_who_gets_on_or_is_busy(join: Join, ended: dict[int, str]) -> None:
@@ -152,7 +168,7 @@ def test_a_stall_names_who_does_not_wait_for_others(join: Join, ended: dict[int,
     with join(0).watched(), first.watched():
         wait_until(lambda: {0, 1} <= ended.keys())
     assert "no process has got on for" in ended[0]
-    assert "busy with something else: rank 1 on" in ended[1]
+    assert f"rank 0 on {socket.gethostname()}, rank 1 on {socket.gethostname()}: is in " in ended[1]
     assert "test_liveness.py" in capfd.readouterr().err, "the stacks are in the log"
 
 
@@ -167,6 +183,96 @@ def test_an_error_of_the_library_gives_way_to_its_reason(join: Join, ended: dict
     with pytest.raises(LostProcess, match=r"rank 1 on .*out of memory"), join(2).member():
         threading.Timer(0.3, fail).start()
         raise RuntimeError("Connection closed by peer")
+
+
+def test_who_cannot_be_accepted_is_not_watched(join: Join, ended: dict[int, str], monkeypatch: Any, capfd: Any) -> None:
+    """As when the main process may open no more files: a warning, and the job goes on."""
+
+    def no_more_files() -> None:
+        raise OSError(24, "Too many open files")
+
+    first = join(1)
+    wait_until(lambda: len(join(0)._peers) == 1)
+    monkeypatch.setattr(join(0), "_listener", SimpleNamespace(accept=no_more_files, close=lambda: None, fileno=lambda: -1))
+    listener = next(key.fileobj for key in join(0)._selector.get_map().values() if key.data is None)
+    monkeypatch.setattr(join(0)._selector, "unregister", lambda _: unregistered.append(1) or true_unregister(listener))
+    unregistered: list[int] = []
+    true_unregister = type(join(0)._selector).unregister.__get__(join(0)._selector)
+    socket.create_connection(listener.getsockname()[:2] if isinstance(listener, socket.socket) else ("", 0))  # type: ignore[arg-type]
+    wait_until(lambda: bool(unregistered))
+    time.sleep(2 * PATIENCE.silence)
+    assert ended == {}
+    assert first._thread is not None
+    assert "cannot watch over more processes" in capfd.readouterr().err
+
+
+def test_the_same_error_on_all_ends_each_with_its_own(join: Join, ended: dict[int, str]) -> None:
+    """Nobody is ended from outside while it unwinds, though it has not got on for long."""
+    join(1)
+    time.sleep(2 * PATIENCE.without_progress)
+    for rank in (1, 0):
+        with pytest.raises(UserError, match=f"of rank {rank}"), join(rank).member():
+            time.sleep(0.5 * PATIENCE.without_progress)
+            raise UserError(f"the loss of rank {rank} is not finite")
+    assert ended == {}
+
+
+def test_the_exit_code_is_that_of_who_failed_first(join: Join, ended: dict[int, str]) -> None:
+    join(2)
+    with pytest.raises(UserError), join(1).member():
+        raise UserError("a config that cannot be")
+    wait_until(lambda: {0, 2} <= ended.keys())
+    assert join(2)._exit_code == UserError.exit_code
+    assert LostProcess("gone").exit_code == 75
+
+
+def test_a_signal_to_one_rank_alone_is_told_to_the_others(join: Join, ended: dict[int, str]) -> None:
+    join(2)
+    with pytest.raises(Interrupted), join(1).member():
+        raise Interrupted("stopped by SIGTERM while it loaded", signal.SIGTERM)
+    wait_until(lambda: 2 in ended)
+    assert "stopped by SIGTERM while it loaded" in ended[2]
+
+
+def test_who_waits_for_a_busy_main_process_waits_on(join: Join, ended: dict[int, str]) -> None:
+    first = join(1)
+    wait_until(lambda: len(join(0)._peers) == 1)
+    with join(0).busy(), first.watched():
+        time.sleep(2 * PATIENCE.stall)
+    assert ended == {}
+
+
+def test_all_are_told_of_the_end_though_some_leave_meanwhile(join: Join, ended: dict[int, str]) -> None:
+    ranks = [join(rank) for rank in range(1, 12)]
+    wait_until(lambda: len(join(0)._peers) == len(ranks))
+    with join(0).member():
+        for rank in ranks[::2]:
+            with rank.member():
+                pass
+            rank.close()
+    join(0).close()
+    time.sleep(3 * PATIENCE.without_progress)
+    assert ended == {}
+
+
+def test_every_group_of_processes_has_the_time_limit_of_the_config(tmp_path: Path) -> None:
+    """DeepSpeed makes groups of its own, for which it states none."""
+    assert run_on_ranks(2, timeouts_of_groups, log=tmp_path / "log") == [[180.0] * 4] * 2
+
+
+def timeouts_of_groups() -> list[float]:
+    """On a rank, with groups made by us and by DeepSpeed."""
+    import deepspeed.comm
+    import torch
+
+    with process_grid(torch.device("cpu"), ParallelConfig(tensor=2, timeout_minutes=1)) as grid:
+        groups = [
+            torch.distributed.group.WORLD,
+            grid.tensor.group,
+            torch.distributed.new_group([0, 1]),
+            deepspeed.comm.new_group([0, 1]),
+        ]
+        return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
 
 
 def test_alone_nothing_is_watched() -> None:

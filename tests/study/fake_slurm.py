@@ -70,7 +70,7 @@ def element(arguments: list[str]) -> int:
         **os.environ,
         "SLURM_ARRAY_JOB_ID": job,
         "SLURM_ARRAY_TASK_ID": index,
-        "SLURM_JOB_ID": f"{job}{index}",
+        "SLURM_JOB_ID": str(os.getpid()),  # a port follows from it, and several tests may run side by side
         "SLURM_JOB_NODELIST": "node1",
         "SLURM_RESTART_COUNT": str(info["attempt"] - 1),
     }
@@ -115,7 +115,7 @@ def sacct(arguments: list[str]) -> int:
 
 def scancel(arguments: list[str]) -> int:
     for name, info in known().items():
-        if name in arguments or name.partition("_")[0] in arguments:
+        if (name in arguments or name.partition("_")[0] in arguments) and info["state"] in ("PENDING", "RUNNING"):
             write(name, {**info, "state": "CANCELLED by 0"})
             if "pid" in info:
                 os.kill(info["pid"], signal.SIGTERM)
@@ -126,7 +126,7 @@ def scontrol(arguments: list[str]) -> int:
     if arguments[0] == "requeue":
         write(arguments[1], {**read(arguments[1]), "state": "REQUEUED"})
     else:
-        print("node1")
+        print("localhost")  # where ranks can meet
     return 0
 
 
@@ -137,7 +137,11 @@ def srun(arguments: list[str]) -> int:
     for rank in range(2):
         task = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
         tasks.append(subprocess.Popen(program, env={**os.environ, **task}))
-    return max(task.wait() for task in tasks)
+    while None in (codes := [task.poll() for task in tasks]) and not any(codes):
+        time.sleep(0.1)
+    for task in tasks:  # --kill-on-bad-exit
+        task.kill()
+    return max(abs(task.wait()) for task in tasks)
 
 
 def known() -> dict[str, dict[str, Any]]:

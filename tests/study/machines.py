@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +61,18 @@ def fake_ssh(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return log
 
 
-def fake_slurm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Put Slurm's programs on PATH; its state is in the folder returned."""
+@contextmanager
+def fake_slurm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Put Slurm's programs on PATH; its state is in the folder that is given, and no job outlives the block."""
     state = folder / "slurm-state"
     (state / "jobs").mkdir(parents=True)
     for name in ("sbatch", "squeue", "sacct", "scancel", "scontrol", "srun"):
         _program(folder / "bin" / name, f'#!/bin/sh\nexec {sys.executable} {FAKE_SLURM} {name} "$@"\n')
     monkeypatch.setenv("FAKE_SLURM", str(state))
     monkeypatch.setenv("PATH", f"{folder / 'bin'}{os.pathsep}{os.environ['PATH']}")
-    return state
+    yield state
+    (state / "away").unlink(missing_ok=True)
+    subprocess.run([folder / "bin/scancel", *(path.stem for path in (state / "jobs").glob("*.json"))], check=True)
 
 
 def _program(path: Path, text: str) -> None:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
+import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +208,18 @@ def test_the_far_end_hands_on_code_folder_and_environment(tmp_path: Path) -> Non
     assert end.stdout.read().decode() == f"{tmp_path} {value}\n"
 
 
+def test_a_command_ends_when_nothing_is_heard_of_the_runner(tmp_path: Path) -> None:
+    """A network that is cut closes no connection."""
+    script = (
+        "import sys; from megatron_plasticity.study.backends import remote as r; r.SECONDS_UNTIL_ALONE = 0.5; sys.exit(r.main())"
+    )
+    with subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE) as end:
+        assert end.stdin is not None
+        end.stdin.write(order(["sleep", "77"], str(tmp_path), {}, 5.0))
+        end.stdin.flush()
+        assert end.wait(20) == 128 + signal.SIGTERM
+
+
 def hosts(*slots: int) -> list[Host]:
     return [Host(f"n{number}", tuple(range(count))) for number, count in enumerate(slots)]
 
@@ -270,7 +287,7 @@ def test_only_what_failed_is_tried_again(tmp_path: Path, tiny_corpus: Path, ssh_
     assert len(run_study(config).failed) == 2
     code, out, err = run("study", "retry", folder, "pretrain-wd1")
     assert code == 0, err
-    assert "1 runs done, 0 failed, 1 not started" in out
+    assert "1 runs done, 0 failed, 0 not started" in out
     assert {cell.id: cell.status for cell in read_status(folder).cells} == {"pretrain-wd0": "failed", "pretrain-wd1": "done"}
     code, out, _ = run("study", "retry", folder)
     assert code == 0
@@ -288,3 +305,68 @@ def test_the_study_of_a_folder_has_the_same_runs(tmp_path: Path, tiny_corpus: Pa
     runner._write_study_file(plan, None)
     again = plan_study(config_of(plan.folder), "h")
     assert [(cell.id, cell.folder) for cell in again.cells] == [(cell.id, cell.folder) for cell in plan.cells]
+
+
+@pytest.fixture
+def sshd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A real sshd on this machine, under whichever name it is asked for."""
+    server, client = shutil.which("sshd", path="/usr/sbin:/sbin:" + os.environ["PATH"]), shutil.which("ssh")
+    if server is None or client is None or os.geteuid() != 0:
+        pytest.skip("needs openssh-server and openssh-client, and root to start the server")
+    stand_in_runs(monkeypatch)
+    for name in ("host_key", "user_key"):
+        subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    (tmp_path / "sshd_config").write_text(
+        f"ListenAddress 127.0.0.1:{port}\nHostKey {tmp_path}/host_key\nAuthorizedKeysFile {tmp_path}/user_key.pub\n"
+        f"PidFile {tmp_path}/sshd.pid\nStrictModes no\nUsePAM no\nPasswordAuthentication no\nPermitRootLogin yes\n"
+    )
+    (tmp_path / "ssh_config").write_text(
+        f"Host *\n  HostName 127.0.0.1\n  Port {port}\n  IdentityFile {tmp_path}/user_key\n  IdentitiesOnly yes\n"
+        f"  StrictHostKeyChecking no\n  UserKnownHostsFile /dev/null\n  LogLevel ERROR\n"
+    )
+    monkeypatch.setenv("PDSH_SSH_ARGS_APPEND", f"-F {tmp_path}/ssh_config")
+    Path("/run/sshd").mkdir(exist_ok=True)
+    process = subprocess.Popen([server, "-D", "-f", tmp_path / "sshd_config"], stderr=subprocess.DEVNULL)
+    try:
+        wait_until_listening(port)
+        yield
+    finally:
+        process.terminate()
+        process.wait()
+
+
+def wait_until_listening(port: int) -> None:
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
+            return
+        time.sleep(0.05)
+    raise AssertionError("sshd does not listen")
+
+
+def test_over_a_real_ssh(tmp_path: Path, tiny_corpus: Path, sshd: None) -> None:
+    outcome = run_study(study(tmp_path, tiny_corpus))
+    assert outcome.failed == {}
+    assert len(outcome.done) == 2
+
+
+def test_a_run_ends_with_its_real_connection(tmp_path: Path, tiny_corpus: Path, sshd: None) -> None:
+    behave(tmp_path, _0="waits")
+    config = study(tmp_path, tiny_corpus)
+    backend, cell = HostfileBackend.of(config), plan_study(config, "h").cells[0]
+    folder = RunFolder.create(cell.folder.parent, cell.kind, cell.name, cell.config, cell.inputs)
+    (job,) = backend.start([cell])
+    assert isinstance(job, hostfile_module.RemoteJob)
+    deadline = time.monotonic() + 60
+    while folder.state.progress is None:
+        assert time.monotonic() < deadline, (folder.path / "log").read_text()
+        time.sleep(0.05)
+    job.connections[0].kill()  # as if the runner's machine had lost its power
+    while folder.state.status == "running":
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert folder.state.error == "stopped by SIGTERM; run the same command again to go on", "it could save"
+    assert folder.checkpoints()

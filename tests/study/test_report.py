@@ -370,6 +370,15 @@ def test_equal_values_share_a_rank() -> None:
     assert average_ranks({0.0: 2.0, 0.1: 1.0, 0.5: 2.0 + 1e-14}) == {0.0: 2.5, 0.1: 1.0, 0.5: 2.5}
 
 
+def test_limits_name_runs_with_skipped_steps_and_spikes(tmp_path: Path) -> None:
+    results = collect(fabricate(tmp_path / "study"))
+    assert not any(text.startswith("Unsteady") for text in limits(results))
+    first, *others = results.cells
+    unsteady = replace(first, results={**first.results, "skipped_steps": [3, 9], "loss_spikes": [10]})
+    (said,) = [text for text in limits(replace(results, cells=(unsteady, *others))) if text.startswith("Unsteady")]
+    assert f"{first.id} (2 skipped, 1 with a spike of the loss)" in said
+
+
 def test_limits_name_the_sources_and_what_was_not_probed(tmp_path: Path) -> None:
     study = fabricate(tmp_path / "study", Fabrication(tasks=()))
     config = {"corpus": {"python_text": {"megabytes": 1}}, "analyses": {"probes": {"datasets": ["topic"]}}}

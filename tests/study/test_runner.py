@@ -14,6 +14,11 @@ from typing import Any
 import pytest
 import yaml
 
+from megatron_plasticity.config.data import DataConfig
+from megatron_plasticity.data.stream import corpus_hash
+from megatron_plasticity.launch.plan import Machine
+from megatron_plasticity.study.cost import Costs
+from megatron_plasticity.study.plan import plan_study
 from megatron_plasticity.study.report import write_report
 from megatron_plasticity.study.results import collect
 from megatron_plasticity.study.runner import run_study
@@ -41,6 +46,12 @@ def test_a_study_from_corpus_to_report(tmp_path: Path) -> None:
     assert len(outcome.done) == 18
     results = collect(outcome.folder)
     assert {cell.status for cell in results.cells} == {"done"}
+    plan = plan_study(small_study(tmp_path), corpus_hash(DataConfig(folder=next((tmp_path / "data").glob("small-*")))))
+    costs = Costs(plan, Machine())
+    for cell in plan.cells:
+        if cell.kind in ("pretrain", "finetune"):
+            written = [*cell.folder.glob("checkpoints/**/*.safetensors"), *cell.folder.glob("activations/**/*.safetensors")]
+            assert sum(path.stat().st_size for path in written) == pytest.approx(costs.of_one(cell).disk, rel=0.05), "as planned"
     assert results.weight_decays == (0.0, 1.0)
 
     page = write_report(outcome.folder)

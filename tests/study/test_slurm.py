@@ -7,7 +7,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ from tests.study.machines import counting_study, fake_slurm, stand_in_runs
 
 
 @pytest.fixture
-def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def queue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     stand_in_runs(monkeypatch)
     monkeypatch.setattr(slurm, "_SECONDS_BETWEEN_QUERIES", 0.2)
     monkeypatch.setattr(slurm, "_SECONDS_FOR_ACCOUNTING", 1.0)
     monkeypatch.setattr(slurm, "_SECONDS_AFTER_A_REFUSAL", 0.3)
-    return fake_slurm(tmp_path, monkeypatch)
+    with fake_slurm(tmp_path, monkeypatch) as state:
+        yield state
 
 
 def study(folder: Path, corpus: Path, changes: dict[str, Any] | None = None) -> StudyConfig:

@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from megatron_plasticity.config.training import PretrainConfig
+from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.tracking.metrics import MetricLog
 from megatron_plasticity.tracking.mlflow_content import (
     KEY_CHARACTERS,
+    NOTE,
     PARAM_CHARACTERS,
     allowed_name,
     flat_numbers,
@@ -20,6 +21,7 @@ from megatron_plasticity.tracking.mlflow_content import (
     study_content,
 )
 from megatron_plasticity.tracking.mlflow_cursor import Cursor, Measurement
+from megatron_plasticity.tracking.mlflow_origin import short_count
 from megatron_plasticity.tracking.mlflow_store import tracking_uri, without_credentials
 from megatron_plasticity.tracking.run_folder import RunFolder
 from megatron_plasticity.tracking.run_state import RunState
@@ -111,6 +113,64 @@ def test_the_way_of_fine_tuning_and_the_step_are_tags(tmp_path: Path, make_confi
     assert (tags["finetune.optimizer.learning_rate"], tags["finetune.seed"], tags["pretraining_step"]) == ("3e-05", "2", "200")
     plain = run_content(folder.path, {"name": "s"}, {"variant": {}, "step": None}).tags
     assert not [tag for tag in plain if tag.startswith(("finetune.", "pretraining_step"))]
+
+
+class TestOrigin:
+    def tuned(self, tmp_path: Path, base: Path, name: str = "t") -> RunFolder:
+        tree = {"name": name, "base": str(base), "task": {"name": "arithmetic", "train_examples": 10}, "max_length": 64}
+        shared = {
+            "optimizer": {"learning_rate": 1e-4, "weight_decay": 0.0},
+            "batch": {"global_batch_size": 2, "micro_batch_size": 2},
+        }
+        return RunFolder.create(tmp_path, "finetune", name, FinetuneConfig.model_validate(tree | shared), {"base": "ab@10"})
+
+    def test_a_fine_tuning_tells_of_the_pretraining(self, tmp_path: Path, make_config: Callable[..., PretrainConfig]) -> None:
+        base = RunFolder.create(tmp_path, "pretrain", "x", make_config(seed=7), {})
+        content = run_content(self.tuned(tmp_path, base.path / "checkpoints" / "step-10").path)
+        assert (
+            content.tags.items()
+            >= {
+                "weight_decay": "0.5",  # of the pretraining, not its own
+                "family": "llama2",
+                "size": "38k",
+                "seed": "7",
+                "tokens_per_parameter": "0.102",
+                "task": "arithmetic",
+                "model": "ab@10",
+                "pretraining_step": "10",
+            }.items()
+        )
+        assert content.params.items() >= {"pretraining.weight_decay": "0.5", "optimizer.weight_decay": "0.0"}.items()
+        assert content.tags[NOTE].startswith(
+            "Fine-tuning of a 38k llama2 pretrained with λ = 0.5 on 3.8k tokens (0.102 per parameter), taken at step 10; "
+            "task: arithmetic"
+        )
+
+    def test_folders_may_have_moved_together(self, tmp_path: Path, make_config: Callable[..., PretrainConfig]) -> None:
+        base = RunFolder.create(tmp_path / "before", "pretrain", "x", make_config(), {})
+        tuned = self.tuned(tmp_path / "before", base.path)
+        (tmp_path / "before").rename(tmp_path / "after")
+        assert run_content(tmp_path / "after" / tuned.path.name).tags["size"] == "38k"
+
+    def test_what_is_not_known_is_left_out(self, tmp_path: Path) -> None:
+        tags = run_content(self.tuned(tmp_path, Path("gone/pretrain-x-0123456789")).path).tags
+        assert not {"weight_decay", "family", "size", "seed", "tokens_per_parameter"} & set(tags)
+        circle = self.tuned(tmp_path, Path("finetune-u-0123456789"), "u")
+        (circle.path / "config.yaml").write_text(f"base: {circle.path}\n")
+        assert "family" not in run_content(circle.path).tags
+
+    @pytest.mark.parametrize(
+        ("number", "text"), [(999, "999"), (37_792, "38k"), (1_000_576, "1M"), (500_921_856, "0.5B"), (4_000_288_768, "4B")]
+    )
+    def test_numbers_are_short(self, number: int, text: str) -> None:
+        assert short_count(number) == text
+
+
+def test_settings_and_tags_hold_no_secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_planted")  # pragma: allowlist secret
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
+    params = flat_params({"source": "https://ada:pw@hub/x", "key": "is hf_planted", "flag": False})  # pragma: allowlist secret
+    assert params == {"source": "https://hub/x", "key": "is ***", "flag": "false"}
 
 
 def test_an_unknown_status_is_named(tmp_path: Path, make_config: Callable[..., PretrainConfig]) -> None:

@@ -14,10 +14,10 @@ import pytest
 from megatron_plasticity.config.evaluation import EvaluateConfig
 from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig
 from megatron_plasticity.errors import UserError
-from megatron_plasticity.tracking import mlflow_mirror
+from megatron_plasticity.tracking import mlflow_background, mlflow_metrics
 from megatron_plasticity.tracking.metrics import MetricLog
 from megatron_plasticity.tracking.mlflow_mirror import MlflowMirror, mirror_in_background
-from megatron_plasticity.tracking.mlflow_store import connect
+from megatron_plasticity.tracking.mlflow_store import StoreError, connect
 from megatron_plasticity.tracking.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ class TestSingleRun:
     def test_more_metrics_than_fit_into_one_request(
         self, store: Path, folder: RunFolder, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr(mlflow_mirror, "METRICS_PER_BATCH", 7)
+        monkeypatch.setattr(mlflow_metrics, "METRICS_PER_BATCH", 7)
         log_steps(folder, range(1, 11))
         MlflowMirror(store, EXPERIMENT).sync_run(folder.path)
         run = Store(store).only()
@@ -262,6 +262,14 @@ class TestIdempotence:
         assert again == folder
         MlflowMirror(store, EXPERIMENT).sync_run(folder.path)
         assert Store(store).only().data.params["logging.every_steps"] == "10"
+
+    def test_a_description_that_a_person_wrote_stays(self, store: Path, folder: RunFolder) -> None:
+        MlflowMirror(store, EXPERIMENT).sync_run(folder.path)
+        run = Store(store).only()
+        assert "λ = 0.5" in run.data.tags["mlflow.note.content"]
+        Store(store).client.set_tag(run.info.run_id, "mlflow.note.content", "the good one")
+        MlflowMirror(store, EXPERIMENT).sync_run(folder.path)
+        assert Store(store).only().data.tags["mlflow.note.content"] == "the good one"
 
     def test_a_deleted_experiment_is_said(self, store: Path, folder: RunFolder) -> None:
         client = Store(store).client
@@ -502,6 +510,29 @@ class TestBackground:
         release.set()
         (warning,) = warnings
         assert "took more than 0.2 s to send the rest" in warning
+
+    @pytest.mark.parametrize(("answers", "finished"), [(True, True), (False, False)])
+    def test_a_server_that_failed_is_waited_for_while_it_answers(
+        self, folder: RunFolder, monkeypatch: pytest.MonkeyPatch, answers: bool, finished: bool
+    ) -> None:
+        done: list[bool] = []
+
+        class Recovered:
+            answers = 0
+
+            def sync(self, folder: Path, over: bool = True) -> None:
+                if not over:
+                    raise StoreError("away")
+                for _ in range(12):
+                    time.sleep(0.1)
+                    self.answers += answers
+                done.append(True)
+
+        monkeypatch.setattr(mlflow_background, "SECONDS_FOR_AN_ANSWER", 0.6)
+        warnings: list[str] = []
+        with mirror_in_background(Recovered(), folder.path, interval=0.01, warn=warnings.append):
+            wait_until(lambda: bool(warnings))
+        assert bool(done) == finished
 
     def test_a_failing_mirror_changes_no_outcome_and_says_so_once(self, folder: RunFolder) -> None:
         calls: list[bool] = []

@@ -24,7 +24,7 @@ from megatron_plasticity.config.evaluation import EvaluateConfig
 from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig
 from megatron_plasticity.errors import Interrupted, UserError
 from megatron_plasticity.evaluation.samples import SCHEMA, write_samples
-from megatron_plasticity.tracking import mlflow_mirror
+from megatron_plasticity.tracking import mlflow_metrics
 from megatron_plasticity.tracking.metrics import MetricLog, read_metrics
 from megatron_plasticity.tracking.mlflow_background import mirror_in_background, sync_patiently
 from megatron_plasticity.tracking.mlflow_content import allowed_name, flat_numbers
@@ -313,7 +313,7 @@ class TestLostAnswers:
         self, proxy: Proxy, client: MlflowClient, study: Study, monkeypatch: pytest.MonkeyPatch, fault: Fault
     ) -> None:
         """Every kind of request arrives and its answer is lost, twice, before its third attempt is heard."""
-        monkeypatch.setattr(mlflow_mirror, "METRICS_PER_BATCH", 7)
+        monkeypatch.setattr(mlflow_metrics, "METRICS_PER_BATCH", 7)
         study.finish()
         lost: dict[tuple[str, str], int] = {}
 

@@ -21,7 +21,6 @@ def test_a_machine_says_what_it_does(tmp_path: Path) -> None:
         "system_memory_usage_megabytes",
         "system_memory_usage_percentage",
         "process_memory_usage_megabytes",
-        "disk_usage_percentage",
         "disk_available_megabytes",
         "network_receive_megabytes",
         "network_transmit_megabytes",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -133,3 +135,38 @@ def test_one_rank_stops_all_with_the_same_words(pretrain_config: Make, tmp_path:
     rank = 0 if layout else 1
     assert f"block {block_to_spoil(config)} (data-parallel rank {rank})" in first
     assert pretrain_folder(config).state.status == "failed"
+
+
+@pytest.mark.parametrize(("zero_stage", "precision"), [(0, "fp32"), (1, "bf16"), (3, "fp32")])
+def test_going_on_after_a_skipped_step_is_going_on(
+    pretrain_config: Make, tmp_path: Path, zero_stage: int, precision: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adam has counted one step less than the run."""
+    engine = {"zero_stage": zero_stage, "precision": precision, "non_finite": "skip"}
+
+    def config(output: str) -> PretrainConfig:
+        return pretrain_config({"engine": engine, "output": str(tmp_path / output), "checkpoint": {"every_steps": STEP + 1}})
+
+    spoil_loss_of(config("a"), block_to_spoil(config("a")), monkeypatch.setattr)
+    undisturbed = pretrain(config("a"), NoProgress())
+    shutil.copytree(undisturbed.path, tmp_path / "b" / undisturbed.path.name)
+    resumed = pretrain_folder(config("b"))
+    for path in resumed.checkpoints()[1:]:
+        shutil.rmtree(path)
+    for name in ("results.json", "state.json"):
+        (resumed.path / name).unlink()
+    pretrain(config("b"), NoProgress())
+    assert resumed.results["skipped_steps"] == [STEP]
+    expected, found = (open_checkpoint(folder.path) for folder in (undisturbed, resumed))
+    assert found.trainer["skipped_steps"] == 1
+    for group in ("weights", "exp_avg", "exp_avg_sq"):
+        for name, tensor in found.tensors(group).items():
+            assert torch.equal(tensor, expected.tensors(group)[name]), (group, name)
+
+
+def test_a_run_that_logged_no_loss_ends_with_none(pretrain_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its only logged step was skipped."""
+    changes = {"steps": STEP, "logging": {"every_steps": 100, "norms_every_steps": 0}, "engine": {"non_finite": "skip"}}
+    config = pretrain_config(changes)
+    spoil_loss_of(config, block_to_spoil(config), monkeypatch.setattr)
+    assert math.isnan(pretrain(config, NoProgress()).results["train_loss"])

@@ -1,19 +1,22 @@
 """Predicted and measured times of training steps on this machine's CPUs, for small models under several layouts.
 
-    python tools/bench/step_time.py [--cases NAME …] [--steps 12] [--output step_time.json]
+    python tools/bench/step_time.py [--cases NAME …] [--steps 12] [--patience 60] [--output step_time.json]
 
 For each layout its ranks first measure this machine, all at the same time, as they will share its memory: every operation that a
 step consists of (`launch/operations.py`) by itself, at its own size, with the code that training runs; every exchange over gloo;
 and what a step costs beside its operations, on a model of the same depth that is too narrow to compute much. From these figures
 `launch/cost.py` predicts the step of the real model, which is then measured through the real engine. One thread per rank.
 
-Times are lower quartiles: of CPU time where there is one rank, of wall time where ranks wait for each other. Beside each stands how
-many cores other processes used in the meantime: with two ranks on two cores, above a few tenths neither column means much.
+Times are means: of CPU time where there is one rank, of wall time where ranks wait for each other. Each measurement is taken
+again until other processes use less than a fifth of a core meanwhile, or patience ends. How many cores they used stands beside
+each row: with two ranks on two cores, above a few tenths neither column means much.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import itertools
 import json
 import math
 import os
@@ -47,14 +50,13 @@ from megatron_plasticity.models.attention import attend
 from megatron_plasticity.models.initialisation import initialise
 from megatron_plasticity.models.loss import token_loss
 from megatron_plasticity.models.rotary import RotaryTable, rotate
-from megatron_plasticity.models.sizes import parameter_count
 from megatron_plasticity.models.transformer import local_model
 from megatron_plasticity.parallel.grid import ProcessGrid, process_grid
 from megatron_plasticity.training.batches import StepBatch
 from megatron_plasticity.training.engine import TrainingEngine
 
 ALLOWED = 0.15
-SECONDS_LIMIT = 600.0
+SECONDS_LIMIT = 600.0  # beyond patience
 BUSY = 0.2  # cores that others may use, and a measurement still counts as quiet
 _CYCLED = 32 * 2**20  # operations go over so many bytes of input before they meet the same again, as in a real step
 _DTYPES = {2: torch.bfloat16, 4: torch.float32}
@@ -161,6 +163,7 @@ class Measured:
     """Gloo exchanges with the cores that compute."""
     kernel_host_seconds = 0.0
     """An operation was timed with what starts it."""
+    hook_seconds = 0.0
     zero3_overlap = 0.0
 
     def group(self, axis: Axis, data: int, tensor: int) -> Group:
@@ -173,14 +176,10 @@ class Measured:
         return 0.0 if group.ranks == 1 else self.exchanged[exchange]
 
 
-def quartile(seconds: Sequence[float]) -> float:
-    """The lower one."""
-    return sorted(seconds)[len(seconds) // 4]
-
-
-def measure_machine(cases: Iterable[Case], grid: ProcessGrid) -> Measured:
-    """Every operation and exchange of the cases' steps, on all ranks at once; of each the slowest rank's time."""
-    measured = Measured()
+def measure_machine(cases: Iterable[Case], quiet: Quiet, known: dict[str, float]) -> Measured:
+    """Every operation and exchange of the cases' steps, on all ranks at once; of each the slowest rank's time. What is `known`
+    from another case is not measured again; what was measured in quiet is added."""
+    measured, grid = Measured(), quiet.grid
     everything: dict[Any, Case] = {}
     for case in cases:
         for stage in step_work(case.model, case.recipe, case.data):
@@ -188,11 +187,16 @@ def measure_machine(cases: Iterable[Case], grid: ProcessGrid) -> Measured:
             found = [*single, *stage.gathers, *([stage.message] if stage.message else [])]
             everything |= {operation: case for operation in found if operation not in everything}
     for operation, case in everything.items():
-        run = _exchange(operation, grid) if isinstance(operation, Exchange) else _computation(operation, case)
-        seconds = torch.tensor([_timed(run, grid)], dtype=torch.float64)
-        if grid.size > 1:
-            torch.distributed.all_reduce(seconds, op=torch.distributed.ReduceOp.MAX)
-        (measured.exchanged if isinstance(operation, Exchange) else measured.computed)[operation] = float(seconds)
+        # Sweeps depend on the model's shape too, beyond what stands in them.
+        key = f"{grid.size} {case.hidden_size} {case.vocab_size} {case.length} {case.precision} {operation}"
+        if key not in known:
+            run = _exchange(operation, grid) if isinstance(operation, Exchange) else _computation(operation, case)
+            seconds, others = _timed(run, quiet)
+            if others <= BUSY:
+                known[key] = seconds
+        else:
+            seconds = known[key]
+        (measured.exchanged if isinstance(operation, Exchange) else measured.computed)[operation] = seconds
     return measured
 
 
@@ -201,22 +205,51 @@ def _clock(grid: ProcessGrid) -> Callable[[], float]:
     return time.process_time if grid.size == 1 else time.perf_counter
 
 
-def _timed(run: Callable[[], object], grid: ProcessGrid) -> float:
-    now = _clock(grid)
+@dataclass
+class Quiet:
+    """Takes measurements again until other processes leave the machine alone meanwhile, or patience ends."""
+
+    grid: ProcessGrid
+    deadline: float
+    """On the clock of `time.monotonic`."""
+    found: list[float] = field(default_factory=list)
+    """Cores that others used during each measurement."""
+
+    def measure(self, run: Callable[[], float]) -> tuple[float, float]:
+        """What `run` returns on the slowest rank, and the cores that others used, of the quietest attempt. A collective."""
+        best = (math.inf, 0.0)
+        while True:
+            self.grid.barrier()
+            busy, own, wall = _busy_seconds(), time.process_time(), time.perf_counter()
+            found = run()
+            self.grid.barrier()
+            values = torch.tensor([time.process_time() - own, 0.0], dtype=torch.float64)
+            slowest = torch.tensor([found], dtype=torch.float64)
+            if self.grid.size > 1:
+                torch.distributed.all_reduce(values)
+                torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
+            foreign = max(0.0, (_busy_seconds() - busy - float(values[0])) / (time.perf_counter() - wall))
+            best = self.grid.from_main(min(best, (foreign, float(slowest))))
+            if self.grid.from_main(best[0] <= BUSY or time.monotonic() > self.deadline):
+                self.found.append(best[0])
+                return best[1], best[0]
+
+
+def _timed(run: Callable[[], object], quiet: Quiet) -> tuple[float, float]:
+    """Mean seconds of a run, and the cores that others used."""
+    now = _clock(quiet.grid)
     run()
-    grid.barrier()
     began = now()
     run()
-    once = now() - began
-    repetitions = grid.from_main(max(5, min(200, round(0.1 / max(once, 1e-6)))))
-    grid.barrier()
-    seconds = []
-    for _ in range(repetitions):
+    repetitions = quiet.grid.from_main(max(5, min(200, round(0.1 / max(now() - began, 1e-6)))))
+
+    def several() -> float:
         began = now()
-        run()
-        seconds.append(now() - began)
-    grid.barrier()
-    return quartile(seconds)
+        for _ in range(repetitions):
+            run()
+        return (now() - began) / repetitions
+
+    return quiet.measure(several)
 
 
 def _exchange(exchange: Exchange, grid: ProcessGrid) -> Callable[[], object]:
@@ -256,25 +289,22 @@ def _computation(operation: Matmul | Attention | Sweep, case: Case) -> Callable[
 
 
 def _cycling(make: Callable[[], tuple[Tensor, ...]], function: Callable[..., Any]) -> Callable[[], object]:
-    """`function` of fresh inputs each time, until all of them together are larger than a cache."""
+    """`function` of other inputs each time, until all of them together are larger than a cache; what comes out is kept for a
+    while, as activations are, so that it does not land in memory that was just freed."""
     first = make()
     size = sum(tensor.numel() * tensor.element_size() for tensor in first)
     inputs = [first, *(make() for _ in range(min(16, math.ceil(_CYCLED / max(size, 1)))))]
-    turn = 0
-
-    def run() -> None:
-        nonlocal turn
-        function(*inputs[turn])
-        turn = (turn + 1) % len(inputs)
-
-    return run
+    turn = itertools.cycle(inputs)
+    kept: collections.deque[Any] = collections.deque(maxlen=2 * len(inputs))
+    return lambda: kept.append(function(*next(turn)))
 
 
 def _matmul(work: Matmul) -> Callable[[], object]:
     dtype = _DTYPES[work.element]
     if work.role == "forward":
         return _cycling(
-            lambda: (torch.randn(work.rows, work.inner, dtype=dtype), torch.randn(work.columns, work.inner, dtype=dtype)), F.linear
+            lambda: (torch.randn(work.rows, work.inner, dtype=dtype), torch.randn(work.columns, work.inner, dtype=dtype)),
+            F.linear,
         )
     if work.role == "input":
         return _cycling(
@@ -313,10 +343,10 @@ def _through(forward: Callable[..., Tensor], make: Callable[[], tuple[Tensor, ..
         output = forward(*inputs)
         return (*inputs, output, torch.randn_like(output))
 
-    def back(*tensors: Tensor) -> None:
+    def back(*tensors: Tensor) -> Any:
         *inputs, output, gradient = tensors
         learned = [tensor for tensor in inputs if tensor.requires_grad]
-        torch.autograd.grad(output, learned, gradient, retain_graph=True)
+        return torch.autograd.grad(output, learned, gradient, retain_graph=True)
 
     return _cycling(with_output, back)
 
@@ -331,7 +361,9 @@ def _sweep(work: Sweep, case: Case) -> Callable[[], object]:
 
     if name == "norm":
         return _through(
-            lambda x, gain: F.rms_norm(x, (width,), gain, 1e-5), lambda: (tensor(numbers // width, width), tensor(width)), backward
+            lambda x, gain: F.rms_norm(x, (width,), gain, 1e-5),
+            lambda: (tensor(numbers // width, width), tensor(width)),
+            backward,
         )
     if name == "split norm":
         return _through(_split_norm, lambda: (tensor(numbers // width, width), tensor(width)), backward)
@@ -397,33 +429,27 @@ class Steps:
     taken: int
 
 
-def run_steps(case: Case, grid: ProcessGrid, steps: int) -> Steps:
+def run_steps(case: Case, quiet: Quiet, steps: int) -> Steps:
     """Train through the real engine; the time of a step is that of the slowest rank."""
+    grid, now = quiet.grid, _clock(quiet.grid)
     part = local_model(case.model, grid)
     initialise(part, seed=1)
     engine = TrainingEngine(part, case.recipe, 0.1, grid)
     batch = _batch(case, grid)
-    now = _clock(grid)
-    seconds, foreign = [], []
-    for step in range(steps + 2):
-        grid.barrier()
-        busy, own, began, wall = _busy_seconds(), time.process_time(), now(), time.perf_counter()
+
+    def step() -> float:
+        began = now()
         engine.train_batch(batch)
         engine.gradient_norm  # noqa: B018  a step is over when its norm is known
-        took = now() - began
-        grid.barrier()
-        spent = torch.tensor([time.process_time() - own], dtype=torch.float64)
-        slowest = torch.tensor([took], dtype=torch.float64)
-        if grid.size > 1:
-            torch.distributed.all_reduce(spent)
-            torch.distributed.all_reduce(slowest, op=torch.distributed.ReduceOp.MAX)
-        if step >= 2:  # the first steps make what is made once
-            seconds.append(float(slowest))
-            foreign.append(max(0.0, (_busy_seconds() - busy - float(spent)) / (time.perf_counter() - wall)))
+        return now() - began
+
+    for _ in range(3):  # the first steps make what is made once
+        step()
+    taken = [quiet.measure(step) for _ in range(steps)]
     engine.close()
-    quiet = [took for took, others in zip(seconds, foreign, strict=True) if others <= BUSY]
-    chosen = quiet if len(quiet) >= 4 else seconds
-    return Steps(quartile(chosen), statistics.median(foreign), len(quiet), len(seconds))
+    undisturbed = [seconds for seconds, others in taken if others <= BUSY]
+    chosen = undisturbed if len(undisturbed) >= 4 else [seconds for seconds, _ in taken]
+    return Steps(statistics.fmean(chosen), statistics.median(others for _, others in taken), len(undisturbed), len(taken))
 
 
 def _busy_seconds() -> float:
@@ -456,30 +482,50 @@ class Row:
     predicted: float
     measured: float
     parts: dict[str, float]
+    loud: float
+    """Share of the measurements behind the prediction that others disturbed."""
     foreign: float
+    """Cores that others used during the measured steps."""
     quiet: int
     taken: int
+
+    @property
+    def is_quiet(self) -> bool:
+        return self.loud <= 0.1 and self.quiet >= 4
 
     @property
     def ratio(self) -> float:
         return self.predicted / self.measured
 
 
-def run_case(case: Case, steps: int, result: str) -> None:
-    """On every rank: measure the machine, predict, train; the first rank writes the row to `result`."""
+def run_case(case: Case, steps: int, patience: float, folder: str) -> None:
+    """On every rank: measure the machine, predict, train; the first rank writes `row.json`."""
     torch.set_num_threads(1)
     with process_grid(torch.device("cpu"), case.recipe.parallel) as grid:
         few, many = (case.narrow(count) for count in (max(1, case.accumulation), max(1, case.accumulation) + 2))
-        machine = measure_machine((case, few, many), grid)
-        narrow = [run_steps(one, grid, 2 * steps).seconds for one in (few, many)]
+        began, shared = time.monotonic(), Path(folder) / "known.json"
+        known: dict[str, float] = json.loads(shared.read_text(encoding="utf-8")) if shared.is_file() else {}
+        first = Quiet(grid, began + patience * 0.7)
+        machine = measure_machine((case, few, many), first, known)
+        narrow = [run_steps(one, first, 2 * steps).seconds for one in (few, many)]
         _set_overheads(machine, (few, many), narrow)
         predicted = predict(case, machine)
-        found = run_steps(case, grid, steps)
+        found = run_steps(case, Quiet(grid, began + patience), steps)
         if grid.is_main:
+            loud = sum(others > BUSY for others in first.found) / len(first.found)
             row = Row(
-                case.name, case.ranks, predicted.total, found.seconds, predicted.parts, found.foreign, found.quiet, found.taken
+                case.name,
+                case.ranks,
+                predicted.total,
+                found.seconds,
+                predicted.parts,
+                loud,
+                found.foreign,
+                found.quiet,
+                found.taken,
             )
-            Path(result).write_text(json.dumps(asdict(row)), encoding="utf-8")
+            (Path(folder) / "row.json").write_text(json.dumps(asdict(row)), encoding="utf-8")
+            shared.write_text(json.dumps(known), encoding="utf-8")
 
 
 def predict(case: Case, machine: Measured) -> StepTime:
@@ -500,22 +546,30 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Predicted and measured step times of small models on this machine's CPUs.")
     parser.add_argument("--cases", nargs="+", metavar="NAME", help="only those whose names contain one of these")
     parser.add_argument("--steps", type=int, default=12, help="measured steps of each case (default: 12)")
+    parser.add_argument(
+        "--patience", type=float, default=60.0, metavar="SECONDS", help="of each case, to wait for quiet moments (default: 60)"
+    )
     parser.add_argument("--output", type=Path, help="also write the rows here, as JSON")
     arguments = parser.parse_args()
     chosen = [case for case in CASES if arguments.cases is None or any(part in case.name for part in arguments.cases)]
     if not chosen or arguments.steps < 1:
         raise UserError(f"--cases, --steps: at least one step of at least one of {', '.join(case.name for case in CASES)}")
-    print(f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}, torch {torch.__version__}, {os.cpu_count()} cores, 1 thread per rank")
+    print(
+        f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}, torch {torch.__version__}, {os.cpu_count()} cores, 1 thread per rank"
+    )
     print(f"load average at the start: {' '.join(f'{load:.1f}' for load in os.getloadavg())}", flush=True)
     print(f"{'case':26} ranks  predicted   measured  ratio  {'largest parts':44} others", flush=True)
     rows: list[Row] = []
     with tempfile.TemporaryDirectory(prefix="step-time-") as folder:
         for case in chosen:
-            row = _launch(case, arguments.steps, Path(folder))
+            row = _launch(case, arguments.steps, arguments.patience, Path(folder))
             rows.append(row)
             print(_line(row), flush=True)
     within = sum(abs(row.ratio - 1) <= ALLOWED for row in rows)
     print(f"{within} of {len(rows)} within {ALLOWED:.0%}; median ratio {statistics.median(row.ratio for row in rows):.2f}")
+    quiet = [row for row in rows if row.is_quiet]
+    good = sum(abs(row.ratio - 1) <= ALLOWED for row in quiet)
+    print(f"of those measured in quiet: {good} of {len(quiet)}")
     if arguments.output is not None:
         arguments.output.write_text(json.dumps([asdict(row) for row in rows], indent=2), encoding="utf-8")
     return 0 if within == len(rows) else 1
@@ -524,14 +578,14 @@ def main() -> int:
 def _line(row: Row) -> str:
     largest = sorted(row.parts.items(), key=lambda part: -part[1])[:4]
     parts = ", ".join(f"{seconds / row.predicted:.0%} {name}" for name, seconds in largest if seconds)
-    quiet = "" if row.quiet >= 4 else f", {row.quiet} of {row.taken} steps quiet"
+    quiet = "" if row.is_quiet else f" DISTURBED: {row.loud:.0%} of operations, {row.taken - row.quiet} of {row.taken} steps"
     return (
         f"{row.case:26} {row.ranks:>5} {row.predicted * 1e3:>7.1f} ms {row.measured * 1e3:>7.1f} ms {row.ratio:>6.2f}  "
         f"{parts:44} {row.foreign:.1f} cores{quiet}"
     )
 
 
-def _launch(case: Case, steps: int, folder: Path) -> Row:
+def _launch(case: Case, steps: int, patience: float, folder: Path) -> Row:
     context = worker_context(["megatron_plasticity.training.pretrain"], cuda=False)
     log, result = folder / "log", folder / "row.json"
     shared = {"WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
@@ -539,7 +593,7 @@ def _launch(case: Case, steps: int, folder: Path) -> Row:
         start_worker(
             context,
             run_case,
-            (case, steps, str(result)),
+            (case, steps, patience, str(folder)),
             name=f"rank-{rank}",
             log=log,
             threads=1,
@@ -547,12 +601,12 @@ def _launch(case: Case, steps: int, folder: Path) -> Row:
         )
         for rank in range(case.ranks)
     ]
-    deadline = time.monotonic() + SECONDS_LIMIT
+    deadline = time.monotonic() + SECONDS_LIMIT + patience
     try:
         while any(rank.is_alive() for rank in ranks) and not any(rank.exitcode for rank in ranks):
             time.sleep(0.2)
             if time.monotonic() > deadline:
-                raise UserError(f"{case.name}: not done after {SECONDS_LIMIT:.0f} s")
+                raise UserError(f"{case.name}: not done after {SECONDS_LIMIT + patience:.0f} s")
         if any(rank.exitcode for rank in ranks):
             raise UserError(f"{case.name} failed:\n{log.read_text(encoding='utf-8')[-3000:]}")
     finally:

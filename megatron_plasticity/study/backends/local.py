@@ -144,6 +144,16 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def gpu_gibibytes(config: StudyConfig) -> float | None:
+    """Memory in GiB of the smallest GPU of this machine; None if the study is carried out elsewhere, or without GPUs."""
+    if config.resources.backend != "local" or study_device(config) == "cpu":
+        return None
+    import torch
+
+    sizes = [torch.cuda.get_device_properties(index).total_memory for index in range(torch.cuda.device_count())]
+    return min(sizes) / 2**30 if sizes else None
+
+
 def _visible_devices() -> tuple[str, ...]:
     """The GPUs that this process may use: those that CUDA_VISIBLE_DEVICES leaves, else all."""
     import torch

@@ -18,6 +18,7 @@ def limits(results: StudyResults) -> list[str]:
         for text in (
             _imported(results),
             _scale(results),
+            _unsteady(results),
             _repetition(results),
             _seeds(results),
             _finetune_seeds(results),
@@ -52,6 +53,22 @@ def _scale(results: StudyResults) -> str:
         "have 0.5 to 4 billion parameters and 20 or 140 tokens per parameter. A λ found here does not carry over as a number; "
         "the AdamW timescale is the "
         "quantity to carry over, and that it does is a conjecture to test."
+    )
+
+
+def _unsteady(results: StudyResults) -> str:
+    found = []
+    for cell in results.cells:
+        skipped, spikes = (len(cell.results.get(name) or ()) for name in ("skipped_steps", "loss_spikes"))
+        told = [f"{count} {what}" for count, what in ((skipped, "skipped"), (spikes, "with a spike of the loss")) if count]
+        if told:
+            found.append(f"{cell.id} ({', '.join(told)})")
+    if not found:
+        return ""
+    more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
+    return (
+        f"Unsteady training. Steps of these runs were left out, since their gradient was not finite, or their loss stood out from "
+        f"those before: {', '.join(found[:_NAMED])}{more}. Whether λ or chance did it, one run cannot tell."
     )
 
 
