@@ -38,6 +38,7 @@ def log_and_loss(folder: Path) -> tuple[str, float]:
     return (cell.folder / "log").read_text(), json.loads((cell.folder / "results.json").read_text())["held_out_loss"]
 
 
+@pytest.mark.full  # half a minute: each launcher imports DeepSpeed three times
 def test_over_machines(tmp_path: Path, tiny_corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = fake_ssh(tmp_path, monkeypatch)
     hosts = tmp_path / "hosts"

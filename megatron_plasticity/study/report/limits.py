@@ -67,7 +67,7 @@ def _unsteady(results: StudyResults) -> str:
         return ""
     more = f" and {len(found) - _NAMED} more" if len(found) > _NAMED else ""
     return (
-        f"Unsteady training. Steps of these runs were left out, since their gradient was not finite, or their loss stood out from "
+        "Unsteady training. Steps of these runs were left out, since their gradient was not finite, or their loss stood out from "
         f"those before: {', '.join(found[:_NAMED])}{more}. Whether λ or chance did it, one run cannot tell."
     )
 
