@@ -55,11 +55,13 @@ def test_a_launch_is_understood(words: list[str], repository: Path, monkeypatch:
     "words", [words for words in OURS if words[0] != "launch" and any(word.endswith(".yaml") for word in words)], ids=" ".join
 )
 def test_a_command_with_a_config_is_right(
-    words: list[str], repository: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    words: list[str], repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    hostfile = tmp_path / "hostfile"
+    hostfile.write_text("node1 slots=8\nnode2 slots=8\n", encoding="utf-8")
     monkeypatch.chdir(repository)
     with pytest.raises(SystemExit) as ended:
-        main([*words, "--dry-run"])
+        main([*(str(hostfile) if word == "hostfile" else word for word in words), "--dry-run"])
     assert ended.value.code == 0, capsys.readouterr().err
 
 

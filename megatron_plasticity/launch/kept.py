@@ -1,0 +1,32 @@
+"""What a run has kept so far and can go on from, a line each: `python -m megatron_plasticity.launch.kept VERB CONFIG [KEY=VALUE …]`.
+
+A batch script asks before and after: a job that adds nothing must not be queued again.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from megatron_plasticity.errors import UserError
+from megatron_plasticity.launch.job import LaunchedJob
+
+
+def kept(folder: Path) -> list[str]:
+    """Checkpoints of training and responses of an evaluation in a run folder, with the sizes of files, sorted."""
+    found = [path.name for path in folder.glob("checkpoints/step-*")]
+    return sorted([*found, *(f"{path.name} {path.stat().st_size}" for path in folder.glob("responses/*"))])
+
+
+def main() -> None:
+    verb, config, *overrides = sys.argv[1:]
+    try:
+        folder = LaunchedJob.load(verb, Path(config), overrides).earlier()  # type: ignore[arg-type]  # cli.py knows the verbs
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    print(*(kept(folder.path) if folder is not None else ()), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
