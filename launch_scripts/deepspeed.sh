@@ -21,4 +21,5 @@ if [ ! -f "$hostfile" ]; then
 fi
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 PATH="$here/.venv/bin:$PATH"
-exec deepspeed --hostfile "$hostfile" --module megatron_plasticity "$@"
+# Without --force_multi a hostfile of one machine would start the ranks here, whichever machine that is.
+exec deepspeed --hostfile "$hostfile" --force_multi --module megatron_plasticity "$@"

@@ -130,8 +130,10 @@ def _launch_options(command: argparse.ArgumentParser) -> None:
         command.add_argument(option, help=argparse.SUPPRESS)  # named in the lines of others, and in docs/cluster.md
     for option in ("--nodes", "--gpus-per-node"):
         command.add_argument(option, type=int, help=argparse.SUPPRESS)
-    command.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="more for Slurm: time, partition, …")
-    command.add_argument("--master-port", type=int, metavar="PORT", help="where ranks meet (default: 29500)")
+    command.add_argument("--setup", action="append", default=[], help=argparse.SUPPRESS)
+    command.add_argument("--all-reduce-seconds", type=float, default=300.0, help=argparse.SUPPRESS)
+    command.add_argument("--sbatch", action="append", default=[], metavar="KEY=VALUE", help="more for Slurm, such as qos=high")
+    command.add_argument("--master-port", type=int, metavar="PORT", help="where ranks meet (default: 29500; --local: a free one)")
     command.add_argument("--env", action="append", default=[], metavar="NAME", help="hand on this variable too")
     command.add_argument("--logs", type=Path, metavar="DIR", help="shared folder for logs (default: OUTPUT/launches)")
     command.add_argument("--skip-preflight", action="store_true", help="do not check run and machines")
@@ -367,13 +369,14 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add(parent: argparse._SubParsersAction[argparse.ArgumentParser], verb: Verb) -> None:
     example = " ".join((PROGRAM, *verb.words, verb.example)).rstrip()
+    what = "option and setting" if verb.words[0] == "launch" else "setting"
     own_page = {"tasks": "docs/tasks.md", "doctor": "docs/doctor.md", "launch": "docs/cluster.md"}
     reference = own_page.get(verb.words[0], "docs/config.md")
     command = parent.add_parser(
         verb.words[-1],
         help=verb.summary,
         description=verb.summary[0].upper() + verb.summary[1:] + ".",
-        epilog=f"example:\n  {example}\n\nEvery setting is described in {reference}.",
+        epilog=f"example:\n  {example}\n\nEvery {what} is described in {reference}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     command.set_defaults(run=verb.run)

@@ -194,7 +194,7 @@ def launch(arguments: Namespace) -> int:
 
     ways = {
         "--hostfile": ("include", "exclude", "master_addr", "env"),
-        "--slurm": ("nodes", "gpus_per_node", "time", "partition", "account", "sbatch"),
+        "--slurm": ("nodes", "gpus_per_node", "time", "partition", "account", "sbatch", "setup"),
     }
     chosen = "--hostfile" if arguments.hostfile is not None else "--slurm" if arguments.slurm else "--local"
     stray = [(name, way) for way, names in ways.items() if way != chosen for name in names if getattr(arguments, name)]
@@ -202,24 +202,28 @@ def launch(arguments: Namespace) -> int:
         stray.append(("master_port", "--hostfile or --local"))
     if stray:
         raise UserError("\n".join(f"--{name.replace('_', '-')} goes with {way}, not with {chosen}" for name, way in stray))
-    options = Options(arguments.logs, tuple(arguments.env), not arguments.skip_preflight, arguments.dry_run)
+    seconds = arguments.all_reduce_seconds
+    if not seconds >= 10:
+        raise UserError(f"--all-reduce-seconds {seconds:g}: expected at least 10")
+    options = Options(arguments.logs, tuple(arguments.env), not arguments.skip_preflight, arguments.dry_run, seconds)
+    job = LaunchedJob.load(arguments.verb, arguments.config, arguments.overrides)
     if chosen == "--slurm":
         for name in ("nodes", "gpus_per_node"):
             if (number := getattr(arguments, name)) is not None and number < 1:
                 raise UserError(f"--{name.replace('_', '-')} {number}: expected at least 1")
         if arguments.gpus_per_node is None:
             raise UserError("--slurm needs --gpus-per-node; `megatron-plasticity plan` says how many GPUs a run wants")
-        job = LaunchedJob.load(arguments.verb, arguments.config, arguments.overrides)
         named = [(name, getattr(arguments, name)) for name in ("time", "partition", "account") if getattr(arguments, name)]
         extra = (*named, *parse_options(arguments.sbatch))
-        request = SlurmRequest(arguments.nodes or 1, arguments.gpus_per_node, job.config.device != "cpu", extra)
+        gpus, setup = job.config.device != "cpu", tuple(arguments.setup)
+        request = SlurmRequest(arguments.nodes or 1, arguments.gpus_per_node, gpus, extra, setup)
         return launch_on_slurm(job, request, options)
     port: int | None = arguments.master_port
     if arguments.hostfile is not None:
         machines = Machines.of_hostfile(arguments.hostfile, arguments.include, arguments.exclude, arguments.master_addr, port)
     else:
-        machines = Machines.local(arguments.local, port)
-    return launch(LaunchedJob.load(arguments.verb, arguments.config, arguments.overrides), machines, options)
+        machines = Machines.local(arguments.local, port, gpus=job.config.device != "cpu")
+    return launch(job, machines, options)
 
 
 def import_hf(arguments: Namespace) -> None:

@@ -7,7 +7,7 @@ Hooks are attached while recording and at no other time: a training step in betw
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Literal
 
@@ -55,6 +55,7 @@ class Recorder:
         self.captured: dict[str, Tensor] = {}
         self._kept: Tensor | None = None
         self._handles: list[RemovableHandle] = []
+        self._as_written = ExitStack()
 
     @property
     def names(self) -> list[str]:
@@ -65,6 +66,7 @@ class Recorder:
         if self._handles:
             raise RuntimeError("this recorder is attached already")
         self.captured = {}
+        self._as_written.enter_context(self.model.as_written())
         modules = dict(self.model.named_modules())
         for name in self.points:
             module = modules.get(HEAD if name == LOGITS else name)
@@ -75,6 +77,7 @@ class Recorder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         while self._handles:
             self._handles.pop().remove()
+        self._as_written.close()
 
     @contextmanager
     def keeping(self, kept: Tensor | None) -> Iterator[Recorder]:

@@ -113,6 +113,18 @@ def _adapters_of_parts(recipe: TrainingRecipe, model: ModelConfig | None) -> Pro
     return None
 
 
+def _compiled_packed(recipe: TrainingRecipe, model: ModelConfig | None) -> Problem | None:
+    if recipe.engine.compile and getattr(recipe, "batching", None) == "packed":
+        return "engine.compile does not go with batching: packed; leave one of the two out"
+    return None
+
+
+def _compiled_adapters(recipe: TrainingRecipe, model: ModelConfig | None) -> Problem | None:
+    if recipe.engine.compile and getattr(recipe, "lora", None) is not None:
+        return "engine.compile does not go with lora; leave it out"
+    return None
+
+
 SUPPORT: tuple[Row, ...] = (
     Row("ZeRO 0–3 × data parallelism, fp32 or bf16", "works", "equal to one process"),
     Row("ZeRO 0–3 × tensor parallelism, with or without sequence parallelism", "works", "equal to one process"),
@@ -183,6 +195,14 @@ SUPPORT: tuple[Row, ...] = (
         "adapters are matrices of whole projections; with the weights frozen there are few optimizer states to split",
         _adapters_of_parts,
     ),
+    Row("compiled blocks × every layout", "works", "equal to one process, to 1e-5 in the loss"),
+    Row(
+        "compiled blocks × packed batches",
+        "refused",
+        "each batch has other lengths, and would be compiled anew",
+        _compiled_packed,
+    ),
+    Row("compiled blocks × LoRA", "refused", "not tested", _compiled_adapters),
 )
 
 

@@ -138,6 +138,9 @@ class EngineConfig(Section):
     """`bf16` keeps fp32 master weights and accumulates gradients in fp32."""
     activation_checkpointing: bool = neutral(False)
     """Recompute each block in the backward pass instead of keeping its activations."""
+    compile: bool = neutral(False)
+    """Compile each block (`torch.compile`): norms, rotary embedding, SwiGLU and residual sums become few kernels. It costs some
+    ten seconds to a minute when the run starts, and changes rounding only."""
     non_finite: Literal["stop", "skip"] = neutral("stop")
     """What becomes of a step whose gradient is not finite, on any process: the run stops, or the step is left out, with its
     learning-rate step and its decay, and counted in the results. Either way no weight has changed, and its samples are named."""

@@ -7,7 +7,9 @@ import os
 import shlex
 import signal
 import subprocess
+import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -88,18 +90,32 @@ class Launcher:
             return cluster_command(program, machines.hostfile, self.meeting, logs, machines.include, machines.exclude)
         return launcher_command(program, machines.processes, self.devices, logs, self.meeting.port)
 
+    def shown(self, program: Sequence[str], logs: Path) -> str:
+        """The command for a person to read, and to run by hand: what it needs of harmless variables before it, the others, whose
+        values may be secret, by name."""
+        private, opened = self._environment_of_ranks()
+        mine = {name: private.pop(name) for name in ("OMP_NUM_THREADS",) if name in private and name not in os.environ}
+        if self.machines.over_ssh:  # these would not reach the ranks
+            private, harmless = {**private, **mine, **opened}, {}
+        else:
+            harmless = {**opened, **mine}
+        before = [f"{name}={shlex.quote(value)}" for name, value in harmless.items()]
+        text = " ".join([*before, shlex.join(self.command(program, logs))])
+        return text + (f"\n  the ranks get besides: {', '.join(sorted(private))}" if private else "")
+
     def run(self, program: Sequence[str], logs: Path, *, echo: bool = False, seconds: float | None = None) -> Outcome:
         """Start a program and watch it to its end; `echo` prints what rank 0 says.
 
-        Ctrl-C, SIGTERM and SIGUSR1 go on to every rank, so that the run can save; they are given the time that they need. A
-        second Ctrl-C, seconds later, kills them. After `seconds` everything is killed.
+        Ctrl-C, SIGTERM, SIGUSR1 and a closed terminal go on to every rank, so that the run can save; they are given the time that
+        they need. A second Ctrl-C, seconds later, kills them. After `seconds` everything is killed.
         """
         command = self.command(program, logs)
         private, opened = self._environment_of_ranks()
         folder = LaunchFolder.create(logs, private)
+        folder.record_launcher()
         (logs / "command").write_text(shlex.join(command) + "\n", encoding="utf-8")
         opened[LAUNCH_FOLDER] = str(logs)
-        with tempfile.TemporaryDirectory(prefix="megatron-plasticity-") as temporary, StopSignal() as stop:
+        with tempfile.TemporaryDirectory(prefix="megatron-plasticity-") as temporary, StopSignal() as stop, _hang_up_as_termination():
             environment = self._environment_of_launcher(Path(temporary) / "environment", opened)
             with (logs / "launcher.log").open("ab") as log:
                 # In a session of its own, so that a Ctrl-C in the terminal is ours to hand on: DeepSpeed would end its processes
@@ -113,7 +129,8 @@ class Launcher:
                 self._kill(process, folder)
                 raise
             finally:
-                folder.forget_environment()
+                with contextlib.suppress(OSError):  # the next launch looks again
+                    folder.forget_environment()
 
     def _watch(
         self, process: subprocess.Popen[bytes], folder: LaunchFolder, stop: StopSignal, echo: bool, seconds: float | None
@@ -127,12 +144,15 @@ class Launcher:
                 tail.print_new(folder.log_of(0))
             if not all_started and len(folder.records()) == self.machines.processes:
                 all_started = True
-                folder.forget_environment()
+                with contextlib.suppress(OSError):
+                    folder.forget_environment()
             if stop.received is not None and not asked:
                 asked = True
-                print(f"{stop.received.name}: the ranks are told to save and stop", flush=True)
-                folder.ask_to_stop(stop.received)
-                self.signal_ranks(folder, stop.received)
+                say(f"{stop.received.name}: the ranks are told to save and stop\n")
+                with contextlib.suppress(OSError):  # only ranks that have not started yet look for it
+                    folder.ask_to_stop(stop.received)
+                if unreached := self.signal_ranks(folder, stop.received):
+                    say(f"not reached: {', '.join(unreached)}; ranks there stop with the others, or when they miss them\n")
             if seconds is not None and time.monotonic() - begin > seconds:
                 too_long = True
                 self._kill(process, folder)
@@ -143,7 +163,7 @@ class Launcher:
 
     def signal_ranks(self, folder: LaunchFolder, number: int) -> list[str]:
         """Send every rank a signal; returns the machines that could not be reached."""
-        arguments = [str(folder.path), str(int(number))]
+        arguments = [str(folder.path), "--ranks", str(int(number))]
         answers = on_hosts(
             self.machines.names,
             "megatron_plasticity.launch.stop",
@@ -155,7 +175,8 @@ class Launcher:
 
     def _kill(self, process: subprocess.Popen[bytes], folder: LaunchFolder) -> None:
         """End everything at once, first the ranks, since their machines' launchers outlive the one here."""
-        folder.ask_to_stop(signal.SIGKILL)
+        with contextlib.suppress(OSError):
+            folder.ask_to_stop(signal.SIGKILL)
         self.signal_ranks(folder, signal.SIGKILL)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
@@ -186,7 +207,7 @@ class _Tail:
 
     def print_new(self, path: Path | None) -> None:
         for text in self._new(path):
-            print(text, end="", flush=True)
+            say(text)
 
     def _new(self, path: Path | None) -> Iterator[str]:
         if path is None:
@@ -196,6 +217,27 @@ class _Tail:
             new = file.read()
             self.seen += len(new)
             yield new.decode("utf-8", errors="replace")
+
+
+def say(text: str) -> None:
+    """Print, unless nobody is there to read: a terminal that was closed or a reader that has left is no reason to end ranks."""
+    try:
+        print(text, end="", flush=True)
+    except OSError:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115  # for as long as this process lives
+
+
+@contextlib.contextmanager
+def _hang_up_as_termination() -> Iterator[None]:
+    """Take the end of the terminal (a closed laptop) for SIGTERM, unless it is ignored, as under `nohup`."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        yield
+        return
+    before = signal.signal(signal.SIGHUP, lambda number, frame: signal.raise_signal(signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def last_lines(path: Path | None, count: int) -> list[str]:

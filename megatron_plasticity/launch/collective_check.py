@@ -14,29 +14,46 @@ from datetime import timedelta
 from megatron_plasticity.launch.rank import launched_rank
 from megatron_plasticity.tracking.process import host_name
 
+MET = "reached rank 0 as rank"
 JOINED = "joined as rank"
+# Who came is known before anybody waits for those who do not: the ranks meet at rank 0's store one by one.
+_SHARE_FOR_MEETING = 0.6
 
 
 def check(backend: str, seconds: float) -> None:
     """Join the ranks, add up their numbers, and compare. Raises RuntimeError if the sum is wrong."""
     import torch
-    import torch.distributed
+    import torch.distributed as distributed
+
+    from megatron_plasticity.parallel.grid import resolve_device
 
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cpu")
     if backend == "nccl":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = resolve_device("cuda")
         torch.cuda.set_device(device)
-    torch.distributed.init_process_group(backend, timeout=timedelta(seconds=seconds))
+    store = distributed.TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=rank == 0,
+        wait_for_workers=False,
+        timeout=timedelta(seconds=_SHARE_FOR_MEETING * seconds),
+    )
+    store.set(f"met-{rank}", host_name())
+    print(f"{host_name()} {MET} {rank} of {size}", flush=True)
+    store.wait([f"met-{other}" for other in range(size)])
+    distributed.init_process_group(
+        backend, store=store, rank=rank, world_size=size, timeout=timedelta(seconds=(1 - _SHARE_FOR_MEETING) * seconds)
+    )
     try:
-        print(f"{host_name()} {JOINED} {rank} of {size}", flush=True)
         numbers = torch.full((1024,), float(rank + 1), device=device)
-        torch.distributed.all_reduce(numbers)
+        distributed.all_reduce(numbers)
+        print(f"{host_name()} {JOINED} {rank} of {size}", flush=True)
         expected = size * (size + 1) / 2
         if not bool((numbers == expected).all()):
             raise RuntimeError(f"the all-reduce over {size} ranks gave {numbers[0].item():g} instead of {expected:g}")
     finally:
-        torch.distributed.destroy_process_group()
+        distributed.destroy_process_group()
     print("summed", flush=True)
 
 

@@ -47,8 +47,9 @@ class Travelling:
     """In a file that only its owner can read."""
 
 
-def travelling(environment: Mapping[str, str], named: Sequence[str] = ()) -> Travelling:
-    """Sort an environment; `named` are further variables for the ranks.
+def travelling(environment: Mapping[str, str], named: Sequence[str] = (), *, openly: bool = True) -> Travelling:
+    """Sort an environment; `named` are further variables for the ranks. `openly`: some of them go on command lines, which ranks
+    on this machine, who inherit them, do not need.
 
     Raises UserError, with all problems, for one that is named and not set, or that must travel openly and cannot.
     """
@@ -68,7 +69,7 @@ def travelling(environment: Mapping[str, str], named: Sequence[str] = ()) -> Tra
             launcher[name] = value
     on_command_lines = {**early, **{name: value for name, value in launcher.items() if _OF_PYTHON.fullmatch(name)}}
     for name, value in on_command_lines.items():
-        if not _CARRIED.fullmatch(value):
+        if openly and not _CARRIED.fullmatch(value):
             problems.append(f"{name}: DeepSpeed's launcher carries only letters, digits, spaces and @+=:,./_- in this variable")
     if problems:
         raise UserError("\n  ".join(["the environment cannot travel to the other machines", *problems]))

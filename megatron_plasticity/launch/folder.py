@@ -1,5 +1,6 @@
 """The folder of one launch, shared by the machine that launches and those that run: logs, and what the two sides tell each other.
 
+launch.json          which process launched it, where
 command              the launcher's command, as it was started
 launcher.log         what the launcher and its remote shells said
 *_rankN.log          what rank N said
@@ -13,12 +14,16 @@ from __future__ import annotations
 import json
 import os
 import stat
+import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from megatron_plasticity.config.files import write_json_atomic, write_text_atomic
 from megatron_plasticity.errors import UserError
+from megatron_plasticity.tracking.process import host_name, is_alive, process_start
+
+_SECONDS_TO_START = 24 * 3600.0
 
 
 @dataclass(frozen=True)
@@ -82,8 +87,13 @@ class LaunchFolder:
         write_json_atomic(self.path / "ranks" / f"{record.rank}.json", asdict(record))
 
     def records(self) -> list[RankRecord]:
-        """Of the ranks that have started, by rank."""
-        found = [RankRecord(**json.loads(file.read_text(encoding="utf-8"))) for file in (self.path / "ranks").glob("*.json")]
+        """Of the ranks that have started, by rank; without those that cannot be read just now, as happens on network file systems
+        (ESTALE) while they are replaced."""
+        found = []
+        with suppress(OSError):
+            for file in list((self.path / "ranks").glob("*.json")):
+                with suppress(OSError, ValueError, TypeError):
+                    found.append(RankRecord(**json.loads(file.read_text(encoding="utf-8"))))
         return sorted(found, key=lambda record: record.rank)
 
     def ask_to_stop(self, signal_number: int) -> None:
@@ -99,4 +109,43 @@ class LaunchFolder:
 
     def log_of(self, rank: int) -> Path | None:
         """The log of a rank, once it is there; DeepSpeed puts the time before its name."""
-        return next(iter(sorted(self.path.glob(f"*_rank{rank}.log"))), None)
+        with suppress(OSError):
+            return next(iter(sorted(self.path.glob(f"*_rank{rank}.log"))), None)
+        return None
+
+    # --- Who launched it.
+
+    def record_launcher(self) -> None:
+        """Note that this process watches over the ranks."""
+        write_json_atomic(
+            self.path / "launch.json", {"host": host_name(), "pid": os.getpid(), "process_start": process_start(os.getpid())}
+        )
+
+    def launcher(self) -> tuple[str, int | None]:
+        """The machine of the process that watches over the ranks, and its number if it runs on this machine and lives. Raises
+        UserError if this is not the folder of a launch."""
+        try:
+            noted = json.loads((self.path / "launch.json").read_text(encoding="utf-8"))
+            host, pid, started = noted["host"], int(noted["pid"]), noted["process_start"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UserError(
+                f"{self.path}: not the folder of a launch, such as runs/launches/NAME-TIME-NUMBER, which `launch` prints when it "
+                "starts"
+            ) from None
+        return host, pid if host == host_name() and is_alive(pid, started) else None
+
+
+def sweep(launches: Path) -> None:
+    """Remove the environments that launches under this folder have left behind: of those whose process is gone from this machine,
+    and of those that are a day old, in which all ranks have started."""
+    with suppress(OSError):
+        for file in list(launches.glob("*/environment.json")):
+            with suppress(OSError):
+                folder, is_old = LaunchFolder(file.parent), time.time() - file.stat().st_mtime > _SECONDS_TO_START
+                try:
+                    host, pid = folder.launcher()
+                    is_left = host == host_name() and pid is None
+                except UserError:  # it has just been made
+                    is_left = False
+                if is_left or is_old:
+                    folder.forget_environment()

@@ -1,4 +1,4 @@
-"""What a run has kept so far and can go on from, a line each: `python -m megatron_plasticity.launch.kept VERB CONFIG [KEY=VALUE …]`.
+"""What a run has kept so far and can go on from, a line each: `python -m megatron_plasticity.launch.kept VERB CONFIG [K=V …]`.
 
 A batch script asks before and after: a job that adds nothing must not be queued again.
 """

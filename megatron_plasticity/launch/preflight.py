@@ -11,17 +11,19 @@ import shutil
 import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from megatron_plasticity.errors import UserError
+from megatron_plasticity.launch.collective_check import JOINED, MET
 from megatron_plasticity.launch.hostfile import Host, process_count
 from megatron_plasticity.launch.job import LaunchedJob
 from megatron_plasticity.launch.plan import GIB, WIDTH, Machine
-from megatron_plasticity.launch.probe import Findings, Question, probe
+from megatron_plasticity.launch.probe import PACKAGES, Findings, Question, probe
 from megatron_plasticity.launch.remote import Answer, on_hosts
 from megatron_plasticity.tracking.disk import explain_disk_errors
 
+PROBE = "megatron_plasticity.launch.probe"
 PROBE_SECONDS = 60
 CLOCK_SECONDS = 5.0
 """More apart, and records of two machines no longer have an order."""
@@ -67,29 +69,38 @@ def run_check(job: LaunchedJob, processes: int) -> Check:
 
 
 def ask_hosts(
-    job: LaunchedJob, hosts: Sequence[Host], port: int | None, over_ssh: bool
+    job: LaunchedJob, hosts: Sequence[Host], port: int | None, over_ssh: bool, *, hides_gpus: bool = False
 ) -> tuple[list[Check], dict[str, Findings]]:
-    """Probe every machine: the checks of their answers, and what each machine said that answered."""
-    with _token(job.output, over_ssh) as token:
-        question = Question(
+    """Probe every machine: the checks of their answers, and what each machine said that answered. `hides_gpus`: ranks will see
+    none of the GPUs."""
+    with question(job, port, over_ssh) as asked:
+        answers = on_hosts([host.name for host in hosts], PROBE, given=asked, seconds=PROBE_SECONDS, over_ssh=over_ssh)
+    found = findings_in(answers)
+    if hides_gpus:
+        found = {name: replace(there, gpus=[]) for name, there in found.items()}
+    checks = [reached_check(answers, "ssh, Python" if over_ssh else "this machine")]
+    if found:
+        checks += host_checks(job, hosts, found, {answer.host: answer.at for answer in answers}, port, over_ssh)
+    return checks, found
+
+
+@contextmanager
+def question(job: LaunchedJob, port: int | None, several: bool) -> Iterator[str]:
+    """What a probe is given on its standard input. Inside the block a file lies in the output folder for `several` machines to
+    see."""
+    with _token(job.output, several) as token:
+        asked = Question(
             inputs=[str(path) for path in job.inputs],
             output=str(job.output),
             token=None if token is None else str(token),
             port=port,
         )
-        answers = on_hosts(
-            [host.name for host in hosts],
-            "megatron_plasticity.launch.probe",
-            given=json.dumps(asdict(question)),
-            seconds=PROBE_SECONDS,
-            over_ssh=over_ssh,
-        )
-    found = {answer.host: found for answer in answers if (found := Findings.read(answer.output)) is not None}
-    times = {answer.host: answer.at for answer in answers}
-    checks = [_reached(answers, found, over_ssh)]
-    if found:
-        checks += host_checks(job, hosts, found, times, port, over_ssh)
-    return checks, found
+        yield json.dumps(asdict(asked))
+
+
+def findings_in(answers: Sequence[Answer]) -> dict[str, Findings]:
+    """Machine → what it says, of those that answered."""
+    return {answer.host: found for answer in answers if (found := Findings.read(answer.output)) is not None}
 
 
 @contextmanager
@@ -114,10 +125,11 @@ def _token(output: Path, over_ssh: bool) -> Iterator[Path | None]:
                 break
 
 
-def _reached(answers: Sequence[Answer], found: dict[str, Findings], over_ssh: bool) -> Check:
-    problems = [f"{answer.host}: {_explained(answer)}" for answer in answers if answer.host not in found]
+def reached_check(answers: Sequence[Answer], name: str) -> Check:
+    """Whether every machine answered with findings."""
+    problems = [f"{answer.host}: {_explained(answer)}" for answer in answers if Findings.read(answer.output) is None]
     where = f"{len(answers)} machine{'s' if len(answers) > 1 else ''}"
-    return Check("ssh, Python" if over_ssh else "this machine", tuple(problems), f"{where} answered")
+    return Check(name, tuple(problems), f"{where} answered")
 
 
 def _explained(answer: Answer) -> str:
@@ -138,15 +150,17 @@ def host_checks(
     times: dict[str, float],
     port: int | None,
     over_ssh: bool,
+    port_hint: str = "choose another one with --master-port",
 ) -> list[Check]:
-    """Compare what the machines said. `times` are this machine's clock when each answer came, in Unix seconds."""
+    """Compare what the machines said. `times` are this machine's clock when each answer came, in Unix seconds. `over_ssh`: they
+    are several, and share folders."""
     used = [host for host in hosts if host.name in found]
-    checks = [_gpu_check(job, used, found, process_count(hosts)), *_place_checks(job, found, over_ssh)]
+    checks = [_gpu_check(job, used, found, process_count(hosts), over_ssh), *_place_checks(job, found, over_ssh)]
     if over_ssh:
         checks[:0] = [_same_code(found)]
         checks.append(_clock_check(found, times))
     if port is not None:
-        checks.append(_port_check(found))
+        checks.append(_port_check(found, port_hint))
     return checks
 
 
@@ -158,19 +172,30 @@ def _same_code(found: dict[str, Findings]) -> Check:
         problems.append(f"{first}: {', '.join(missing)} is not installed")
     for name, other in others:
         pairs = {"Python": (other.python, reference.python)}
-        pairs |= {package: (other.versions.get(package, "missing"), number) for package, number in reference.versions.items()}
+        pairs |= {
+            package: (other.versions.get(package, "missing"), reference.versions.get(package, "missing"))
+            for package in {**reference.versions, **other.versions}
+        }
+        pairs["NVIDIA's driver"] = (other.driver or "missing", reference.driver or "missing")
         different = [f"{what} {here} instead of {there}" for what, (here, there) in pairs.items() if here != there]
         if not different and other.code != reference.code:
             different = [f"other code of this project (files of the package hash to {other.code[:8]} and {reference.code[:8]})"]
         if different:
             problems.append(f"{name}: {', '.join(different)}, which {first} has")
-    versions = ", ".join(f"{package} {number}" for package, number in reference.versions.items())
-    return Check("versions", tuple(problems), f"Python {reference.python}, {versions}, code {reference.code[:8]}")
+    shown = [f"{package} {reference.versions[package]}" for package in PACKAGES if package in reference.versions]
+    more = len(reference.versions) - len(shown)
+    detail = f"Python {reference.python}, {', '.join(shown)} and {more} more, code {reference.code[:8]}"
+    return Check("versions", tuple(problems), detail)
 
 
-def _gpu_check(job: LaunchedJob, hosts: Sequence[Host], found: dict[str, Findings], processes: int) -> Check:
+def _gpu_check(
+    job: LaunchedJob, hosts: Sequence[Host], found: dict[str, Findings], processes: int, over_ssh: bool = False
+) -> Check:
     if not uses_gpus(job, found):
-        return Check("processors", (), "CPU: " + ", ".join(f"{host.name} {found[host.name].cores} cores" for host in hosts[:4]))
+        detail = "CPU: " + ", ".join(f"{host.name} {found[host.name].cores} cores" for host in hosts[:4])
+        if over_ssh and job.config.device == "auto" and any(len(host.slots) > 1 for host in hosts):
+            detail += "; warning: nvidia-smi finds no GPU on any machine, so `device: auto` trains on CPUs"
+        return Check("processors", (), detail)
     problems = []
     try:
         needed = job.gpu_bytes(processes)
@@ -190,7 +215,15 @@ def _gpu_check(job: LaunchedJob, hosts: Sequence[Host], found: dict[str, Finding
                     f"{host.name}: GPU {slot} has {(gpu.total - gpu.used) / GIB:.1f} of {gpu.total / GIB:.1f} GiB free, and the "
                     f"run needs {needed / GIB:.1f} and a reserve of {reserve / GIB:.1f}; see `megatron-plasticity plan`"
                 )
-    names = sorted({gpu.name for host in hosts for gpu in found[host.name].gpus})
+    slots = {host.name: [gpu for slot, gpu in enumerate(found[host.name].gpus) if slot in host.slots] for host in hosts}
+    kinds = {name: sorted({gpu.name for gpu in gpus}) for name, gpus in slots.items()}
+    first = next(iter(kinds))
+    problems += [
+        f"{name}: has {', '.join(kind)} where {first} has {', '.join(kinds[first])}; the slowest would set the pace"
+        for name, kind in kinds.items()
+        if kind and kinds[first] and kind != kinds[first]
+    ]
+    names = sorted({name for kind in kinds.values() for name in kind})
     need = "" if needed is None else f", of which the run needs {needed / GIB:.1f} GiB each"
     return Check("GPUs", tuple(problems), f"{processes} × {', '.join(names)}{need}")
 
@@ -228,10 +261,10 @@ def _place_checks(job: LaunchedJob, found: dict[str, Findings], over_ssh: bool) 
     yield Check("disk", tuple(short), f"{_decimal(free)} free, {_decimal(needed)} for the run's checkpoints")
 
 
-def _port_check(found: dict[str, Findings]) -> Check:
+def _port_check(found: dict[str, Findings], hint: str) -> Check:
     first, there = next(iter(found.items()))
     problem = there.port_problem
-    problems = () if problem is None else (f"{first}: {problem}; choose another one with --master-port",)
+    problems = () if problem is None else (f"{first}: {problem}; {hint}",)
     return Check("master port", problems, f"free on {first}")
 
 
@@ -243,6 +276,22 @@ def _clock_check(found: dict[str, Findings], times: dict[str, float]) -> Check:
         if abs(offset) > CLOCK_SECONDS
     ]
     return Check("clocks", tuple(wrong), f"within {max(abs(offset) for offset in offsets.values()):.1f} s")
+
+
+def all_reduce_problems(hosts: Sequence[Host], said: Sequence[str], backend: str) -> list[str]:
+    """Who did not take part in an all-reduce that failed; `said` is what each rank printed."""
+    names = [host.name for host in hosts for _ in host.slots]
+    problems = []
+    for sign, lacks in ((MET, "did not reach rank 0"), (JOINED, "reached rank 0 and did not join the others")):
+        absent: dict[str, list[int]] = {}
+        for rank, (name, text) in enumerate(zip(names, said, strict=True)):
+            if sign not in text:
+                absent.setdefault(name, []).append(rank)
+        problems = [f"{name}: rank {', '.join(map(str, ranks))} {lacks}" for name, ranks in absent.items()]
+        if problems:
+            break  # whoever waits for these has nothing to answer for
+    hint = "NCCL_DEBUG=INFO says more; NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
+    return [*(problems or ["all ranks joined, and could not add up a number"]), f"{hint} names the network interface to use"]
 
 
 def place_here_check(job: LaunchedJob) -> Check:

@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import platform
+import re
 import shutil
 import socket
 import subprocess
@@ -20,10 +21,16 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import megatron_plasticity
+from megatron_plasticity.launch.doctor.software import ONLY_FOR_METRICS, declared_lines
 
 PACKAGES = ("torch", "deepspeed", "transformers")
+"""Shown where all is well."""
+_KERNELS = ("flash-attn", "flash-attn-3", "flash-attn-4", "triton", "liger-kernel", "transformer-engine", "apex")
 MARK = "megatron-plasticity-probe "
-"""Begins the line of the answer; a login script may print lines of its own."""
+"""Begins the answer; a login script may print lines of its own."""
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
+_LARGEST_MANIFEST = 2**20
+_SECONDS_TO_APPEAR = 5.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +62,7 @@ class Findings:
 
     python: str
     versions: dict[str, str]
-    """Of our package and of those that a run rests on."""
+    """Of our package, of those that it declares (`missing` if a necessary one is absent), and of kernels that are there."""
     code: str
     """SHA-256 of our package's files."""
     time: float
@@ -71,32 +78,39 @@ class Findings:
     free: int
     """Bytes on the output's disk that we may use."""
     port_problem: str | None
+    visible: str | None = None
+    """CUDA_VISIBLE_DEVICES, if it is set."""
+    driver: str = ""
+    """Of NVIDIA; empty without."""
 
     @classmethod
     def read(cls, output: str) -> Findings | None:
         """The answer in what a probe printed; None if there is none."""
-        line = next((line for line in output.splitlines() if line.startswith(MARK)), None)
-        if line is None:
+        _, mark, rest = output.partition(MARK)  # what was printed before may not have ended its line
+        if not mark:
             return None
-        answer = json.loads(line.removeprefix(MARK))
+        answer = json.loads(rest.partition("\n")[0])
         return cls(**{**answer, "gpus": [Gpu(**gpu) for gpu in answer["gpus"]]})
 
 
 def probe(question: Question) -> Findings:
     """Look around on this machine."""
     output = _existing(Path(question.output))
+    gpus, driver = _gpus()
     return Findings(
         python=platform.python_version(),
-        versions={"megatron-plasticity": megatron_plasticity.__version__, **{name: _version(name) for name in PACKAGES}},
+        versions=_versions(),
         code=code_hash(),
-        gpus=_gpus(),
+        gpus=gpus,
         cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         addresses=_addresses(),
         inputs={path: digest(Path(path)) for path in question.inputs},
-        sees_token=question.token is not None and Path(question.token).is_file(),
+        sees_token=question.token is not None and _appears(Path(question.token)),
         can_write=os.access(output, os.W_OK | os.X_OK),
         free=shutil.disk_usage(output).free,
         port_problem=None if question.port is None else _port_problem(question.port),
+        visible=os.environ.get("CUDA_VISIBLE_DEVICES"),
+        driver=driver,
         time=time.time(),
     )
 
@@ -111,11 +125,17 @@ def code_hash() -> str:
 
 
 def digest(path: Path) -> str | None:
-    """A digest of the names and sizes of a folder's files, or of a file's size: enough to tell a shared folder from a stale copy.
-    None where nothing can be read."""
+    """A digest of the names and sizes of a folder's files, or of a file's size, and of what small JSON files say, of which a corpus
+    and a model have one with hashes of the large ones: enough to tell a shared folder from a stale copy. None where nothing can be
+    read."""
     try:
         files: Sequence[Path] = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
         listing = [f"{file.name} {file.stat().st_size}" for file in files]
+        listing += [
+            hashlib.sha256(file.read_bytes()).hexdigest()
+            for file in files
+            if file.suffix == ".json" and file.stat().st_size < _LARGEST_MANIFEST
+        ]
     except OSError:
         return None
     return hashlib.sha256("\n".join(listing).encode()).hexdigest()[:12]
@@ -126,23 +146,49 @@ def _existing(path: Path) -> Path:
     return next(folder for folder in (path.absolute(), *path.absolute().parents) if folder.is_dir())
 
 
-def _version(package: str) -> str:
+def _appears(file: Path) -> bool:
+    """Whether the file is there; a network file system may have remembered its folder without it for a few seconds."""
+    deadline = time.monotonic() + _SECONDS_TO_APPEAR
+    while not file.is_file():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.5)
+        with suppress(OSError):
+            next(file.parent.iterdir(), None)  # makes NFS look again
+    return True
+
+
+def _versions() -> dict[str, str]:
+    found = {"megatron-plasticity": megatron_plasticity.__version__}
+    lines: Sequence[tuple[str, str | None]] = ()
+    with suppress(PackageNotFoundError):
+        lines, _ = declared_lines(Path(megatron_plasticity.__file__).resolve().parent)
+    declared = {_NAME.match(line)[0]: extra for line, extra in lines}  # type: ignore[index]  # a requirement begins with a name
+    needed = {name: extra is None and name not in ONLY_FOR_METRICS for name, extra in declared.items()}
+    for name, is_needed in {**dict.fromkeys(PACKAGES, True), **needed}.items():
+        if (installed := _version(name)) is not None or is_needed:
+            found[name] = installed or "missing"
+    return found | {name: installed for name in _KERNELS if (installed := _version(name)) is not None}
+
+
+def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "missing"
+        return None
 
 
-def _gpus() -> list[Gpu]:
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used", "--format=csv,noheader,nounits"]
+def _gpus() -> tuple[list[Gpu], str]:
+    """The GPUs and NVIDIA's driver."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,memory.used,driver_version", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
-        return []
-    if answer.returncode:
-        return []
-    rows = [line.rsplit(",", 2) for line in answer.stdout.splitlines() if line.strip()]
-    return [Gpu(name.strip(), _mebibytes(total), _mebibytes(used)) for name, total, used in rows]
+        return [], ""
+    rows = [row for line in answer.stdout.splitlines() if len(row := line.rsplit(",", 3)) == 4]
+    if answer.returncode or not rows:
+        return [], ""
+    return [Gpu(name.strip(), _mebibytes(total), _mebibytes(used)) for name, total, used, _ in rows], rows[0][3].strip()
 
 
 def _mebibytes(text: str) -> int:

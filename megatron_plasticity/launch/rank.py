@@ -16,7 +16,7 @@ from pathlib import Path
 
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.launch.folder import LaunchFolder, RankRecord
-from megatron_plasticity.launch.slurm import rank_environment
+from megatron_plasticity.launch.slurm import check_meeting_place, rank_environment
 from megatron_plasticity.tracking.process import host_name, process_start
 
 LAUNCH_FOLDER = "MEGATRON_PLASTICITY_LAUNCH"
@@ -24,11 +24,18 @@ LAUNCH_FOLDER = "MEGATRON_PLASTICITY_LAUNCH"
 
 
 @contextmanager
-def launched_rank(environment: MutableMapping[str, str]) -> Iterator[None]:
-    """Be a rank of whatever launched this process during the block; without a launcher nothing happens.
+def launched_rank(environment: MutableMapping[str, str], *, trains: bool = False) -> Iterator[None]:
+    """Be a rank of whatever launched this process during the block; without a launcher nothing happens. `trains`: what is in the
+    block may be one of several ranks of a run, which must meet.
 
     Ends the process if the launch was stopped before it got here, or has left nothing that can be read.
     """
+    try:
+        if trains:
+            check_meeting_place(environment)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
     environment.update(rank_environment(environment))
     # Taken out: what this process starts is no rank of the launch.
     path, rank = environment.pop(LAUNCH_FOLDER, None), environment.get("RANK")
@@ -44,6 +51,8 @@ def launched_rank(environment: MutableMapping[str, str]) -> Iterator[None]:
     record = RankRecord(int(rank), host_name(), os.getpid(), process_start(os.getpid()))
     with suppress(OSError):  # a full disk is for the run to report
         folder.record(record)
+        if len(folder.records()) >= int(environment.get("WORLD_SIZE", "0")) > 0:
+            folder.forget_environment()  # all have read it; whoever launched may be gone
     if (number := folder.stop_signal) is not None:
         print(f"error (rank {rank}): stopped before it began", file=sys.stderr, flush=True)
         sys.exit(128 + number)

@@ -22,12 +22,16 @@ SECONDS_BEFORE_THE_LIMIT = 300
 CPUS_PER_GPU = 4
 """Without a word Slurm gives a process one core, which its threads for data, NCCL and checkpoints would share."""
 
-# The end of launch_scripts/slurm.sbatch too, which a test compares. "$@" is the verb with arguments; $python, $logs and $preflight,
-# seconds for the all-reduce or nothing, are set.
+# The end of launch_scripts/slurm.sbatch too, which a test compares. "$@" is the verb with arguments; $python, $logs, and $preflight
+# (seconds for the all-reduce, or nothing) are set.
 BODY = r"""
 export MASTER_ADDR MASTER_PORT
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 10000))
+if [ -z "$MASTER_ADDR" ]; then
+    echo "error: scontrol does not name the nodes of this job; is it on PATH there?" >&2
+    exit 2
+fi
 if [ -n "${SLURM_CPUS_PER_TASK:-}" ]; then
     export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK  # srun no longer takes it from sbatch
 fi
@@ -39,7 +43,7 @@ almost_over= cancelled= step=
 trap 'almost_over=yes; [ -z "$step" ] || kill -USR1 "$step" 2>/dev/null' USR1
 trap 'cancelled=yes; [ -z "$step" ] || kill -TERM "$step" 2>/dev/null' TERM
 if [ -n "$preflight" ]; then
-    "$python" -m megatron_plasticity.launch.slurm_preflight "$preflight" "$@" || exit
+    "$python" -m megatron_plasticity.launch.slurm_preflight "$preflight" "$logs" "$@" || exit
 fi
 before=$("$python" -m megatron_plasticity.launch.kept "$@") || exit
 [ -z "$cancelled" ] || exit 143
@@ -53,7 +57,10 @@ while :; do
     wait "$step" && code=0 || code=$?
     kill -0 "$step" 2>/dev/null || break  # a signal ends `wait` early
 done
-[ "$code" -ne 0 ] && [ -z "$cancelled" ] || { echo "$(date): ended with exit code $code"; exit "$code"; }
+if [ "$code" -eq 0 ] || [ -n "$cancelled" ]; then
+    echo "$(date): ended with exit code $code"
+    exit "$code"
+fi
 
 # Once more if the time was nearly over, or if a process was lost (75) or killed (137), at most ten times. A job that adds no
 # checkpoint would go round for ever.
@@ -67,7 +74,7 @@ elif [ "$code" -eq 75 ] || [ "$code" -eq 137 ]; then
     fi
 fi
 if [ -n "$why" ]; then
-    added=$(comm -13 <(echo "$before") <("$python" -m megatron_plasticity.launch.kept "$@"))
+    added=$(LC_ALL=C comm -13 <(echo "$before") <("$python" -m megatron_plasticity.launch.kept "$@"))
     if [ -z "$added" ]; then
         echo "error: $why before a checkpoint was added, so the job is not queued again; see $logs, or give it more time" >&2
     elif scontrol requeue "$SLURM_JOB_ID"; then
@@ -123,7 +130,7 @@ def parse_options(pairs: Sequence[str]) -> tuple[tuple[str, str | None], ...]:
     for pair in pairs:
         key, separator, value = pair.partition("=")
         if not _KEY.fullmatch(key) or not value.isprintable():
-            problems.append(f"--sbatch {pair!r}: expected a long option of sbatch, such as qos=high, constraint=h100 or exclusive")
+            problems.append(f"--sbatch {pair!r}: expected a long option of sbatch, such as qos=high or exclusive")
         elif key in _OURS:
             problems.append(f"--sbatch {pair}: {_OURS[key]}")
         elif key == "signal" and not _SIGNAL.fullmatch(value):
@@ -135,8 +142,8 @@ def parse_options(pairs: Sequence[str]) -> tuple[tuple[str, str | None], ...]:
 
 
 def batch_script(request: SlurmRequest, name: str, program: Sequence[str], logs: Path, preflight: float | None = None) -> str:
-    """The script for sbatch; `program` is a verb with its arguments. `preflight` are the seconds that an all-reduce over all ranks
-    may take before training; None checks nothing. Nothing of the environment is in the script."""
+    """The script for sbatch; `program` is a verb with its arguments. `preflight` are the seconds that an all-reduce over all
+    ranks may take before training; None checks nothing. Nothing of the environment is in the script."""
     chosen = dict(request.options)
     ours: dict[str, str | None] = {"job-name": name, "nodes": str(request.nodes), "ntasks-per-node": str(request.tasks_per_node)}
     if request.gpus and not chosen.keys() & set(_GPU_OPTIONS):
@@ -188,12 +195,12 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def check_meeting_place(environment: Mapping[str, str]) -> None:
-    """Raises UserError in one of several tasks of `srun` that are not told where to meet: each would train the whole run alone."""
+    """Raises UserError in one of several tasks of `srun` that are not told where to meet: each would train all alone."""
     tasks = environment.get("SLURM_STEP_NUM_TASKS", "1")
     if "SLURM_STEP_ID" not in environment or "RANK" in environment or tasks == "1":
         return
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in environment]:
         raise UserError(
-            f"srun has started {tasks} tasks, and {' and '.join(missing)} do not reach them, so that they cannot meet: export them "
+            f"srun has started {tasks} tasks without {' and '.join(missing)}, so that they cannot meet: export it "
             "before `srun --export=ALL`, as launch_scripts/slurm.sbatch does"
         )

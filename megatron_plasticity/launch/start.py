@@ -13,18 +13,27 @@ from pathlib import Path
 
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.launch.attempt import Launcher, Outcome, last_lines
-from megatron_plasticity.launch.collective_check import JOINED
 from megatron_plasticity.launch.command import Meeting, free_port
 from megatron_plasticity.launch.environment import Travelling, travelling
-from megatron_plasticity.launch.folder import LaunchFolder
+from megatron_plasticity.launch.folder import LaunchFolder, sweep
 from megatron_plasticity.launch.job import LaunchedJob
 from megatron_plasticity.launch.machines import Machines
-from megatron_plasticity.launch.preflight import Check, ask_hosts, place_here_check, run_check, table, tool_check, uses_gpus
+from megatron_plasticity.launch.preflight import (
+    Check,
+    all_reduce_problems,
+    ask_hosts,
+    place_here_check,
+    run_check,
+    table,
+    tool_check,
+    uses_gpus,
+)
 from megatron_plasticity.launch.probe import Findings
 from megatron_plasticity.launch.slurm import SlurmRequest, batch_script, submit
 from megatron_plasticity.tracking.run_folder import RunFolder
 
-COLLECTIVE_SECONDS = 180
+ALL_REDUCE_SECONDS = 300.0
+"""For a thousand ranks to import torch from one network file system."""
 SECONDS_FOR_FILES = 30
 """A network file system may show what another machine wrote only after so long."""
 _LINES_SHOWN = 8
@@ -40,6 +49,8 @@ class Options:
     """Names of further variables for the ranks."""
     preflight: bool = True
     dry_run: bool = False
+    all_reduce_seconds: float = ALL_REDUCE_SECONDS
+    """How long the all-reduce of the preflight may take, with the start of Python."""
 
 
 def launch(job: LaunchedJob, machines: Machines, options: Options) -> int:
@@ -48,13 +59,14 @@ def launch(job: LaunchedJob, machines: Machines, options: Options) -> int:
 
     Raises UserError, with all problems, before anything is started.
     """
-    sent = travelling(os.environ, options.environment)
+    sent = travelling(os.environ, options.environment, openly=machines.over_ssh)
     logs = _logs(job, options)
+    sweep(logs.parent)
     found = _preflight(job, machines, options)
     launcher = _launcher(job, machines, found, sent)
-    config = logs / "config.yaml"
+    config = logs / "config.yaml"  # written when it starts
     program = ["--module", "megatron_plasticity", job.verb, str(config)]
-    print(f"starts: {shlex.join(launcher.command(program, logs))}", flush=True)
+    print(f"starts: {launcher.shown(program, logs)}", flush=True)
     if options.dry_run:
         return 0
     if (earlier := job.earlier()) is not None and earlier.is_done and (folder := job.folder()).is_done:
@@ -62,10 +74,12 @@ def launch(job: LaunchedJob, machines: Machines, options: Options) -> int:
         return 0
     # gloo needs nothing that can be missing within one machine.
     if options.preflight and machines.processes > 1 and (machines.over_ssh or not launcher.cpu):
-        _check_collective(launcher, logs.with_name(f"{logs.name}-check"))
+        _check_collective(launcher, logs.with_name(f"{logs.name}-check"), options.all_reduce_seconds)
     folder = job.folder()
     _write_config(config, job)
     print(f"logs of {machines.processes} ranks: {logs}", flush=True)
+    stop = shlex.join([sys.executable, "-m", "megatron_plasticity.launch.stop", str(logs)])
+    print(f"save and stop: Ctrl-C here, or from another terminal: {stop}", flush=True)
     outcome = launcher.run(program, logs, echo=True)
     return _verdict(outcome, launcher, LaunchFolder(logs), folder)
 
@@ -76,12 +90,13 @@ def launch_on_slurm(job: LaunchedJob, request: SlurmRequest, options: Options) -
     Raises UserError, with all problems, before anything is submitted.
     """
     logs = _logs(job, options).absolute()
-    checks = [run_check(job, request.processes), place_here_check(job)]
+    checks = [run_check(job, request.processes), place_here_check(job)] if options.preflight else []
     if not options.dry_run:
         checks.append(tool_check("sbatch", "--slurm is for a machine from which jobs are submitted"))
     _judge(checks, options)
     config = logs / "config.yaml"
-    script = batch_script(request, job.name, [job.verb, str(config)], logs)
+    seconds = options.all_reduce_seconds if options.preflight else None
+    script = batch_script(request, job.name, [job.verb, str(config)], logs, seconds)
     if options.dry_run:
         print(script, end="")
         return 0
@@ -107,15 +122,16 @@ def _write_config(path: Path, job: LaunchedJob) -> None:
 
 def _preflight(job: LaunchedJob, machines: Machines, options: Options) -> dict[str, Findings]:
     """What the machines say; at least the first one does."""
+    hosts = machines.hosts
     if not options.preflight:
-        checks, found = ask_hosts(job, machines.hosts[:1], None, machines.over_ssh)
+        checks, found = ask_hosts(job, hosts[:1], None, machines.over_ssh, hides_gpus=machines.hides_gpus)
         if not found:
             _judge(checks[:1], options)
         return found
     checks = [run_check(job, machines.processes)]
     if machines.over_ssh:
         checks += [tool_check(name, "DeepSpeed's launcher needs it") for name in ("pdsh", "ssh")]
-    asked, found = ask_hosts(job, machines.hosts, machines.port, machines.over_ssh)
+    asked, found = ask_hosts(job, hosts, machines.port, machines.over_ssh, hides_gpus=machines.hides_gpus)
     _judge([*checks, *asked], options)
     return found
 
@@ -129,13 +145,13 @@ def _judge(checks: list[Check], options: Options) -> None:
         raise UserError(f"{count} problem{'s' if count > 1 else ''}, see above; nothing was started")
 
 
-def _check_collective(launcher: Launcher, logs: Path) -> None:
+def _check_collective(launcher: Launcher, logs: Path, seconds: float) -> None:
     """An all-reduce over all ranks under the launcher that will start the run. Raises UserError, with who did not join."""
     backend = "gloo" if launcher.cpu else "nccl"
     begin = time.monotonic()
     program = ["--module", "megatron_plasticity.launch.collective_check"]
-    program += ["--backend", backend, "--seconds", str(COLLECTIVE_SECONDS - 30)]
-    outcome = launcher.run(program, logs, seconds=COLLECTIVE_SECONDS)
+    program += ["--backend", backend, "--seconds", f"{seconds:g}"]
+    outcome = launcher.run(program, logs, seconds=seconds + 30)
     machines, folder = launcher.machines, LaunchFolder(logs)
     if outcome.stopped_by is None and outcome.exit_code == 0:
         detail = f"{machines.processes} ranks over {backend}, {time.monotonic() - begin:.0f} s with the start of Python"
@@ -144,14 +160,8 @@ def _check_collective(launcher: Launcher, logs: Path) -> None:
         return
     if outcome.stopped_by is not None:
         raise UserError("stopped while the machines were checked; nothing was started")
-    joined = {rank for rank in range(machines.processes) if JOINED in _text(folder.log_of(rank))}
-    absent: dict[str, list[int]] = {}
-    for rank in sorted(set(range(machines.processes)) - joined):
-        absent.setdefault(machines.host_of(rank), []).append(rank)
-    problems = [f"{host}: rank {', '.join(map(str, ranks))} did not join" for host, ranks in absent.items()]
-    problems += _complaints(outcome, folder)
-    hint = "NCCL_DEBUG=INFO says more; NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
-    problems.append(f"logs: {logs} ({hint} names the network interface to use)")
+    said = [_text(folder.log_of(rank)) for rank in range(machines.processes)]
+    problems = [*all_reduce_problems(machines.hosts, said, backend), *_complaints(outcome, folder), f"logs: {logs}"]
     print(table([Check("all-reduce", tuple(problems))]), file=sys.stderr, flush=True)
     raise UserError("the ranks cannot talk to one another, see above; the run was not started")
 
@@ -167,14 +177,8 @@ def _launcher(job: LaunchedJob, machines: Machines, found: dict[str, Findings], 
     if cpu:
         slots = {host.name: len(host.slots) for host in machines.hosts}
         threads = max(1, min(there.cores // slots[name] for name, there in found.items()))
-    devices = () if cpu or machines.over_ssh else _devices(machines.processes)
+    devices = () if cpu or machines.over_ssh else tuple(str(slot) for slot in machines.hosts[0].slots)
     return Launcher(machines, meeting, sent, devices, cpu, threads)
-
-
-def _devices(count: int) -> tuple[str, ...]:
-    """The first GPUs of this machine, of those that CUDA_VISIBLE_DEVICES leaves."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return tuple((named.split(",") if named else [str(index) for index in range(count)])[:count])
 
 
 # --- After the end.
@@ -189,13 +193,19 @@ def _verdict(outcome: Outcome, launcher: Launcher, logs: LaunchFolder, folder: R
         # DeepSpeed's launcher ends well when a signal kills its process on this machine.
         raise UserError(f"the launcher ended without an error, but {folder.path} is {folder.state.status!r}; see {logs.path}")
     if outcome.stopped_by is not None:
-        raise _Ended("stopped; run the same command again to go on", code)
+        if _becomes_done(folder, 0):
+            print(f"is done: it ended before it could be stopped: {folder.path}")
+            return 0
+        why = [] if outcome.first_to_fail is None else _complaints(outcome, logs)
+        raise _Ended("\n  ".join(["stopped; run the same command again to go on", *why]), code)
     unreached = launcher.signal_ranks(logs, signal.SIGTERM)  # what outlived its launcher
     said = "\n  ".join([f"the run ended with exit code {code}", *_complaints(outcome, logs), f"logs: {logs.path}"])
     if unreached:
         said += f"\n  not reached: {', '.join(unreached)}; ranks there end by themselves when they miss the others"
     if folder.is_done:
         said += f"\n  the run itself is done: {folder.path}"
+    elif code == UserError.exit_code:
+        said += "\n  nothing will change until that is mended"
     else:
         said += "\n  the same command goes on from the latest checkpoint"
     raise _Ended(said, code)

@@ -9,7 +9,8 @@ part. Names are the same in every case.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import torch
@@ -178,6 +179,20 @@ class Transformer(nn.Module):
             for name, parameter in self.named_parameters():
                 # DeepSpeed's sign that a parameter counts in the gradient norm beside those of the first rank.
                 parameter.tensor_model_parallel = self.sharding(name).is_first_copy(ranks.rank)  # type: ignore[attr-defined]
+
+    def compile_blocks(self) -> None:
+        """Compile each block when it first runs. Hooks inside a compiled block are not called (see `as_written`)."""
+        for block in self.layers:
+            block.compile()
+
+    @contextlib.contextmanager
+    def as_written(self) -> Iterator[None]:
+        """Run blocks without compilation inside the block, so that hooks see everything."""
+        if not any(block._compiled_call_impl is not None for block in self.layers):
+            yield  # setting a stance imports the compiler, which takes seconds
+            return
+        with torch.compiler.set_stance("force_eager"):
+            yield
 
     def sharding(self, name: str) -> Sharding:
         """How the parameter of this name is cut over the tensor-parallel ranks."""

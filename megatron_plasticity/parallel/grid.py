@@ -124,14 +124,21 @@ class ProcessGrid:
 
 
 def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device of this process. Raises UserError if CUDA is asked for and absent."""
+    """The device of this process: the GPU of its place on the machine, or the only one that it is given to see. Raises UserError if
+    CUDA is asked for and absent, or if there is no GPU for its place."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise UserError(
             "device: cuda was asked for, but torch sees no CUDA device; use device=cpu, or install a CUDA build of torch"
         )
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    place, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if count > 1 and place >= count:
+        raise UserError(
+            f"this process is number {place} on its machine, from 0, and sees {count} GPUs: start no more processes than GPUs on "
+            "each machine"
+        )
+    return torch.device("cuda", 0 if count == 1 else place)
 
 
 def launched_processes() -> int:
@@ -169,7 +176,7 @@ def process_grid(device: torch.device, parallel: ParallelConfig | None = None) -
 
     # Longer than ours, so that ours, which says who hangs where, comes first.
     timeout = timedelta(minutes=parallel.timeout_minutes + 2)
-    with _local_rank(), _default_timeout(timeout), tempfile.TemporaryDirectory(prefix="megatron-plasticity-") as folder:
+    with _local_rank(device), _default_timeout(timeout), tempfile.TemporaryDirectory(prefix="megatron-plasticity-") as folder:
         deepspeed.comm.init_distributed(
             dist_backend="gloo" if device.type == "cpu" else "nccl",
             auto_mpi_discovery=False,
@@ -189,16 +196,20 @@ def process_grid(device: torch.device, parallel: ParallelConfig | None = None) -
 
 
 @contextlib.contextmanager
-def _local_rank() -> Iterator[None]:
-    """DeepSpeed insists on LOCAL_RANK, launcher or not. Others take it for the sign of a launcher, so it does not stay."""
-    if "LOCAL_RANK" in os.environ:
-        yield
-        return
-    os.environ["LOCAL_RANK"] = "0"
+def _local_rank(device: torch.device) -> Iterator[None]:
+    """DeepSpeed insists on LOCAL_RANK, launcher or not, and takes it for the number of the GPU, which it is not where each process
+    sees one GPU alone. Others take it for the sign of a launcher, so it does not stay."""
+    before = os.environ.get("LOCAL_RANK")
+    if device.type == "cuda":
+        os.environ["LOCAL_RANK"] = str(device.index)
+    os.environ.setdefault("LOCAL_RANK", "0")
     try:
         yield
     finally:
-        os.environ.pop("LOCAL_RANK", None)
+        if before is None:
+            os.environ.pop("LOCAL_RANK", None)
+        else:
+            os.environ["LOCAL_RANK"] = before
 
 
 @contextlib.contextmanager

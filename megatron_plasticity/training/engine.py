@@ -56,6 +56,8 @@ class TrainingEngine:
         """Whole shapes of what is trained, by name."""
         self.groups: DecayGroups = decay_groups(self.shapes, recipe.optimizer, weight_decay)
         model.activation_checkpointing = recipe.engine.activation_checkpointing
+        if recipe.engine.compile:
+            model.compile_blocks()
         optimizer = make_adamw(optimizer_groups(model, self.groups, recipe.optimizer), recipe.optimizer, grid.device)
         settings = deepspeed_json(recipe.engine, recipe.batch, recipe.optimizer.gradient_clip, grid.parallel, grid.data_size)
         is_pipeline = grid.parallel.pipeline > 1

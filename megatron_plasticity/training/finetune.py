@@ -24,7 +24,7 @@ from megatron_plasticity.tracking.run_folder import RunFolder
 from megatron_plasticity.tracking.trained_model import TrainedModel
 from megatron_plasticity.training.activations import capture_inputs, capturing
 from megatron_plasticity.training.batches import FinetuneBatches
-from megatron_plasticity.training.preflight import check_finetuning
+from megatron_plasticity.training.preflight import check_compiler, check_finetuning
 from megatron_plasticity.training.session import held, training_session
 
 _log = logging.getLogger(__name__)
@@ -37,7 +37,9 @@ def finetune(config: FinetuneConfig, progress: Progress) -> RunFolder:
     """
     base = TrainedModel.open(config.base)
     check_finetuning(config, base.checkpoint.model)
-    with process_grid(resolve_device(config.device), config.parallel) as grid:
+    device = resolve_device(config.device)
+    check_compiler(config.engine, device)
+    with process_grid(device, config.parallel) as grid:
         if grid.is_main:
             finetune_folder(config, base)
         grid.barrier()

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Iterator
 from functools import partial
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from megatron_plasticity.capture.recipe import check_recipe
 from megatron_plasticity.config.analysis import CaptureConfig
 from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.config.support import unsupported
-from megatron_plasticity.config.training import FinetuneConfig, FinetuneRecipe, PretrainConfig
+from megatron_plasticity.config.training import EngineConfig, FinetuneConfig, FinetuneRecipe, PretrainConfig
 from megatron_plasticity.errors import ConfigError, problems_of
 from megatron_plasticity.models.sizes import parameter_shapes
 from megatron_plasticity.optim.decay import decay_groups
 from megatron_plasticity.training.duration import finetuning_steps
+
+if TYPE_CHECKING:
+    import torch
 
 
 def check_pretraining(config: PretrainConfig) -> None:
@@ -25,6 +32,21 @@ def check_finetuning(config: FinetuneConfig, model: ModelConfig) -> None:
     """Raise ConfigError if the run cannot work on a base of this architecture, with all problems."""
     problems = [*finetuning_problems(config, model), *duration_problems(config, config.task.train_examples)]
     _refuse(f"{config.name} on {config.base}", problems)
+
+
+def check_compiler(engine: EngineConfig, device: torch.device) -> None:
+    """Raise ConfigError if blocks are to be compiled and this machine lacks what that takes. Not for plans, which may be made on
+    another machine than runs."""
+    if not engine.compile:
+        return
+    on_cpu = device.type == "cpu"
+    variable, usual, what = ("CXX", "g++", "a C++ compiler") if on_cpu else ("CC", "gcc", "a C compiler, for Triton")
+    compiler = os.environ.get(variable, usual)
+    missing = [] if shutil.which(compiler) else [f"{what}, and there is no {compiler!r} on PATH (${variable} names another)"]
+    if device.type == "cuda" and find_spec("triton") is None:
+        missing.append("Triton, which comes with CUDA builds of torch")
+    if missing:
+        raise ConfigError(f"engine.compile needs {'; and '.join(missing)}. Install it, or set engine.compile: false")
 
 
 def pretraining_problems(config: PretrainConfig) -> Iterator[str]:

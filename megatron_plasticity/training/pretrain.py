@@ -27,7 +27,7 @@ from megatron_plasticity.training.activations import capture_inputs, capturing
 from megatron_plasticity.training.batches import PretrainBatches
 from megatron_plasticity.training.callbacks import LossEvaluation
 from megatron_plasticity.training.losses import mean_cross_entropy
-from megatron_plasticity.training.preflight import check_pretraining
+from megatron_plasticity.training.preflight import check_compiler, check_pretraining
 from megatron_plasticity.training.session import TrainingSession, held, training_session
 
 
@@ -44,7 +44,9 @@ def pretrain(config: PretrainConfig, progress: Progress) -> RunFolder:
     Interrupted after Ctrl-C or SIGTERM, with a checkpoint saved.
     """
     check_pretraining(config)
-    with process_grid(resolve_device(config.device), config.parallel) as grid:
+    device = resolve_device(config.device)
+    check_compiler(config.engine, device)
+    with process_grid(device, config.parallel) as grid:
         if grid.is_main:
             pretrain_folder(config)
         grid.barrier()

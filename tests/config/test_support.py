@@ -196,6 +196,24 @@ EXAMPLES: dict[str, list[Example]] = {
             (parallel(pipeline=2), ("parallel.pipeline=2",)),
         )
     ],
+    "compiled blocks × every layout": [
+        Example({"engine": {"zero_stage": number, "compile": True}, **layout})
+        for number, layout in ((0, {}), (3, parallel(tensor=2, sequence=True)), (1, parallel(pipeline=2)))
+    ],
+    "compiled blocks × packed batches": [
+        Example(
+            accepted={"batching": "by_length", "engine": {"compile": True}},
+            refused={"batching": "packed", "engine": {"compile": True}},
+            says=("engine.compile", "batching: packed"),
+        )
+    ],
+    "compiled blocks × LoRA": [
+        Example(
+            accepted={"lora": {}, "engine": {"compile": False}},
+            refused={"lora": {}, "engine": {"compile": True}},
+            says=("engine.compile", "lora"),
+        )
+    ],
 }
 
 each_example = pytest.mark.parametrize(

@@ -549,8 +549,8 @@ def test_requirements_name_what_does_not_fit() -> None:
 
 
 def test_an_installed_package_declares_what_its_checkout_does(tmp_path: Path) -> None:
-    here, python = software._declared(Path(software.megatron_plasticity.__file__).resolve().parent)
-    elsewhere, declared_python = software._declared(tmp_path / "site-packages" / "megatron_plasticity")
+    here, python = software.declared_lines(Path(software.megatron_plasticity.__file__).resolve().parent)
+    elsewhere, declared_python = software.declared_lines(tmp_path / "site-packages" / "megatron_plasticity")
     assert {(line.partition(">")[0], extra) for line, extra in here} >= {("torch", None), ("peft", "lora")}
     assert {extra for _, extra in elsewhere} == {extra for _, extra in here}
     assert python

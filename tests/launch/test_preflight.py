@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import socket
+import subprocess
+import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +17,19 @@ import pytest
 import yaml
 
 from megatron_plasticity.config.training import PretrainConfig
+from megatron_plasticity.errors import UserError
+from megatron_plasticity.launch.collective_check import JOINED, MET
+from megatron_plasticity.launch.command import free_port
 from megatron_plasticity.launch.hostfile import Host
 from megatron_plasticity.launch.job import LaunchedJob
-from megatron_plasticity.launch.preflight import Check, ask_hosts, host_checks, run_check, table
+from megatron_plasticity.launch.machines import Machines
+from megatron_plasticity.launch.preflight import Check, all_reduce_problems, ask_hosts, host_checks, run_check, table
 from megatron_plasticity.launch.probe import MARK, Findings, Gpu, Question, code_hash, digest, probe
 from megatron_plasticity.launch.remote import on_hosts
 from tests.commands import Run
 
 GIB = 2**30
+VERSIONS = {"megatron-plasticity": "0.1.0", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0"}
 HOSTS = [Host("node1", (0, 1)), Host("node2", (0, 1))]
 
 
@@ -41,7 +50,7 @@ def findings(job: LaunchedJob, **changes: Any) -> Findings:
     """A machine with which nothing is wrong."""
     well = Findings(
         python="3.11.7",
-        versions={"megatron-plasticity": "0.1.0", "torch": "2.13.0", "deepspeed": "0.19.8", "transformers": "5.23.0"},
+        versions=VERSIONS,
         code="c0de" * 16,
         time=1000.0,
         gpus=[Gpu("NVIDIA H100", 80 * GIB, GIB // 2)] * 2,
@@ -52,6 +61,7 @@ def findings(job: LaunchedJob, **changes: Any) -> Findings:
         can_write=True,
         free=10**12,
         port_problem=None,
+        driver="580.65.06",
     )
     return dataclasses.replace(well, **changes)
 
@@ -74,6 +84,15 @@ def test_nothing_is_wrong_with_equal_machines(job: LaunchedJob) -> None:
         (
             {"versions": {"megatron-plasticity": "0.1.0", "torch": "2.12.0", "deepspeed": "0.19.8", "transformers": "missing"}},
             "node2: torch 2.12.0 instead of 2.13.0, transformers missing instead of 5.23.0, which node1 has",
+        ),
+        (
+            {"versions": {**VERSIONS, "triton": "3.9.0", "flash-attn": "2.8.3"}},
+            "node2: triton 3.9.0 instead of missing, flash-attn 2.8.3 instead of missing, which node1 has",
+        ),
+        ({"driver": "570.1"}, "node2: NVIDIA's driver 570.1 instead of 580.65.06, which node1 has"),
+        (
+            {"gpus": [Gpu("NVIDIA A100", 80 * GIB, GIB // 2)] * 2},
+            "node2: has NVIDIA A100 where node1 has NVIDIA H100; the slowest would set the pace",
         ),
         ({"code": "beef" * 16}, "node2: other code of this project (files of the package hash to beefbeef and c0dec0de)"),
         ({"gpus": [Gpu("NVIDIA H100", 80 * GIB, 0)]}, "node2: has 1 GPUs, so none for slot 1"),
@@ -125,20 +144,108 @@ def test_the_probe_looks_at_the_real_machine(tmp_path: Path) -> None:
     before = digest(tmp_path)
     (tmp_path / "one more").touch()
     assert digest(tmp_path) != before
+    (tmp_path / "manifest.json").write_text('{"hash": "a"}')
+    before = digest(tmp_path)
+    (tmp_path / "manifest.json").write_text('{"hash": "b"}')
+    assert digest(tmp_path) != before, "prepared anew, of the same size"
+    assert {"mlflow", "pydantic", "numpy"} <= there.versions.keys(), "all that the project declares"
+    assert there.versions.get("nvidia-ml-py") != "missing", "of use, not needed"
 
 
 def test_gpus_are_read_from_nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     smi = tmp_path / "nvidia-smi"
-    smi.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559, 4'\necho 'NVIDIA GB10, [N/A], [N/A]'\n")
+    smi.write_text("#!/bin/sh\necho 'NVIDIA H100 80GB HBM3, 81559, 4, 580.65.06'\necho 'NVIDIA GB10, [N/A], [N/A], 580'\n")
     smi.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
-    assert probe(Question()).gpus == [Gpu("NVIDIA H100 80GB HBM3", 81559 * 2**20, 4 * 2**20), Gpu("NVIDIA GB10", 0, 0)]
+    there = probe(Question())
+    assert there.gpus == [Gpu("NVIDIA H100 80GB HBM3", 81559 * 2**20, 4 * 2**20), Gpu("NVIDIA GB10", 0, 0)]
+    assert there.driver == "580.65.06"
 
 
 def test_a_login_that_prints_something_is_no_problem(job: LaunchedJob) -> None:
     there = findings(job)
     assert Findings.read(f"Welcome!\n{MARK}{json.dumps(dataclasses.asdict(there))}\n") == there
+    assert Findings.read(f"Welcome{MARK}{json.dumps(dataclasses.asdict(there))}\nBye\n") == there, "a banner without an end"
     assert Findings.read("Welcome!\n") is None
+
+
+def test_a_file_that_a_network_file_system_shows_late_is_seen(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    timer = threading.Timer(0.7, token.touch)
+    timer.start()
+    assert probe(Question(output=str(tmp_path), token=str(token))).sees_token
+    timer.join()
+
+
+def test_cpus_that_nobody_may_have_meant_are_pointed_out(pretrain_config: Callable[..., PretrainConfig], tmp_path: Path) -> None:
+    job = LaunchedJob.load("pretrain", write(pretrain_config({"device": "auto"}), tmp_path), [])
+    found = {name: findings(job, gpus=[]) for name in ("node1", "node2")}
+    (check,) = [c for c in host_checks(job, HOSTS, found, dict.fromkeys(found, 1000.0), 1, True) if c.name == "processors"]
+    assert "warning: nvidia-smi finds no GPU" in check.detail
+
+
+def test_who_did_not_come_is_named_and_not_those_who_waited() -> None:
+    met, joined = f"node {MET} 0 of 4\n", f"node {JOINED} 0 of 4\n"
+    assert all_reduce_problems(HOSTS, [met, met, met, ""], "gloo")[:-1] == ["node2: rank 3 did not reach rank 0"]
+    assert all_reduce_problems(HOSTS, [met + joined, met, met, met + joined], "nccl")[:-1] == [
+        "node1: rank 1 reached rank 0 and did not join the others",
+        "node2: rank 2 reached rank 0 and did not join the others",
+    ]
+    assert "NCCL_SOCKET_IFNAME" in all_reduce_problems(HOSTS, [met] * 4, "nccl")[-1]
+
+
+@pytest.mark.distributed
+def test_the_ranks_that_come_say_so_though_one_does_not(tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "WORLD_SIZE": "3",
+        "LOCAL_RANK": "0",
+    }
+    command = [sys.executable, "-m", "megatron_plasticity.launch.collective_check", "--backend", "gloo", "--seconds", "8"]
+    ranks = [
+        subprocess.Popen(command, env={**environment, "RANK": rank}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for rank in ("0", "2")
+    ]
+    first, last = (rank.communicate(timeout=60)[0] for rank in ranks)
+    assert all(rank.returncode for rank in ranks)
+    hosts = [Host("a", (0,)), Host("b", (0,)), Host("c", (0,))]
+    assert all_reduce_problems(hosts, [first, "", last], "gloo")[:-1] == ["b: rank 1 did not reach rank 0"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "slots"), [(None, (0, 1)), ("2,3,5", (2, 3)), (" 4, 1 ", (4, 1)), ("1,0,-1,7", (1, 0)), ("", (0, 1))]
+)
+def test_local_takes_the_gpus_that_are_visible(
+    monkeypatch: pytest.MonkeyPatch, visible: str | None, slots: tuple[int, ...]
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    machines = Machines.local(2)
+    assert machines.hosts[0].slots == slots
+    assert machines.hides_gpus is (visible == "")
+
+
+@pytest.mark.parametrize(
+    ("visible", "said"),
+    [("0", "leaves 1 of this machine's GPUs"), ("GPU-8f1c,GPU-aa", "'GPU-8f1c' is a name"), ("MIG-1/2/3", "MIG")],
+)
+def test_visible_gpus_that_do_not_do_are_refused(monkeypatch: pytest.MonkeyPatch, visible: str, said: str) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    with pytest.raises(UserError, match=said):
+        Machines.local(2)
+    assert Machines.local(2, gpus=False).processes == 2, "a run on the CPU does not ask"
+
+
+def test_hidden_gpus_are_not_counted_on(job: LaunchedJob, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\necho 'NVIDIA H100, 81559, 4, 580'\n")
+    smi.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    (_, gpus, *_), _ = ask_hosts(job, [Host("localhost", (0,))], None, over_ssh=False, hides_gpus=True)
+    assert gpus.problems == ("localhost: has 0 GPUs, so none for slot 0",)
 
 
 SSH = {
@@ -228,6 +335,8 @@ def test_a_dry_run_shows_the_command_and_starts_nothing(
         (("--local", "2", "--nodes", "2"), "--nodes goes with --slurm, not with --local"),
         (("--slurm", "--env", "X", "--include", "a"), "--include goes with --hostfile, not with --slurm"),
         (("--slurm",), "--slurm needs --gpus-per-node"),
+        (("--local", "2", "--setup", "module load cuda"), "--setup goes with --slurm, not with --local"),
+        (("--local", "2", "--all-reduce-seconds", "1"), "--all-reduce-seconds 1: expected at least 10"),
         (("--slurm", "--gpus-per-node", "0"), "--gpus-per-node 0: expected at least 1"),
         (("--local", "0"), "--local 0: a number of processes is at least 1"),
         (("--hostfile", "nowhere"), "nowhere: cannot read this hostfile"),

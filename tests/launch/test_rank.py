@@ -13,7 +13,7 @@ import pytest
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.launch.folder import LaunchFolder, RankRecord
 from megatron_plasticity.launch.rank import LAUNCH_FOLDER, launched_rank
-from megatron_plasticity.launch.slurm import rank_environment
+from megatron_plasticity.launch.slurm import check_meeting_place, rank_environment
 from megatron_plasticity.launch.stop import signal_ranks
 from megatron_plasticity.tracking.process import host_name, process_start
 
@@ -114,3 +114,15 @@ def test_a_task_of_srun_learns_its_rank() -> None:
 def test_nothing_else_is_taken_for_one(environment: dict[str, str]) -> None:
     """A shell inside an allocation, a rank of another launcher, a plain process."""
     assert rank_environment(environment) == {}
+
+
+def test_tasks_that_cannot_meet_do_not_train(capsys: pytest.CaptureFixture[str]) -> None:
+    lonely = SLURM | {"SLURM_STEP_NUM_TASKS": "8", "MASTER_ADDR": "node1"}
+    with pytest.raises(SystemExit) as ended, launched_rank(dict(lonely), trains=True):
+        raise AssertionError("it must not begin")
+    assert ended.value.code == 2
+    assert "srun has started 8 tasks without MASTER_PORT" in capsys.readouterr().err
+    with launched_rank(dict(lonely)):
+        pass  # such as `srun megatron-plasticity doctor`
+    for harmless in (lonely | MEETING, lonely | {"RANK": "0"}, SLURM, SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, {}):
+        check_meeting_place(harmless)

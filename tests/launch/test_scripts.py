@@ -32,6 +32,7 @@ def test_it_starts_the_launcher(repository: Path, tmp_path: Path) -> None:
     assert ended.stdout.splitlines() == [
         "--hostfile",
         str(hostfile),
+        "--force_multi",
         "--module",
         "megatron_plasticity",
         "pretrain",

@@ -76,6 +76,7 @@ def recipe(
     checkpointing: bool = False,
     parallel: ParallelConfig | None = None,
     deepspeed: dict[str, Any] | None = None,
+    compile: bool = False,
 ) -> TrainingRecipe:
     return TrainingRecipe(
         optimizer=OptimizerConfig(
@@ -91,6 +92,7 @@ def recipe(
             zero_stage=zero_stage,  # type: ignore[arg-type]
             precision=precision,  # type: ignore[arg-type]
             activation_checkpointing=checkpointing,
+            compile=compile,
             deepspeed=deepspeed or {},
         ),
         parallel=parallel or ParallelConfig(),

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from megatron_plasticity.launch.doctor.facts import DriverGpu, Facts, Interface, Network, Torch
 from megatron_plasticity.launch.doctor.kernels import UNFUSED, attention_kernels
+from megatron_plasticity.launch.doctor.software import ONLY_FOR_METRICS
 
 MOST_TIPS = 8
 
@@ -56,7 +57,7 @@ def _problems(facts: Facts) -> Iterator[str]:
         unfit = [
             f"{needed.name} {needed.installed or 'is missing'} (declared: {needed.specifier or 'any'})"
             for needed in software.requirements
-            if needed.extra is None and not needed.fits
+            if needed.extra is None and not needed.fits and (needed.installed or needed.name not in ONLY_FOR_METRICS)
         ]
         if unfit:
             yield f"packages outside the declared versions: {'; '.join(unfit)}. `pip install -e .` in the checkout mends this"
@@ -320,6 +321,10 @@ def _tips_on_parts(facts: Facts) -> Iterator[Tip]:
             named = ", ".join(f"{needed.name} {needed.installed} (declared: {needed.specifier})" for needed in unfit)
             yield (44, f"Optional packages are outside the declared versions: {named}: `pip install -e '.[{unfit[0].extra}]'`.")
         missing = {needed.name for needed in facts.software.requirements if needed.extra == "eval" and not needed.installed}
+        missing |= {needed.name for needed in facts.software.requirements if needed.extra is None and not needed.installed}
+        if absent := [name for name in ONLY_FOR_METRICS if name in missing]:
+            lack = "runs do not record how busy the machine and its GPUs are"
+            yield (22, f"Without {', '.join(absent)} {lack}: `pip install {' '.join(absent)}`.")
         if "math-verify" in missing:
             yield (25, "Without math-verify mathematics is graded by its text alone: `pip install -e '.[eval]'`.")
     if facts.parts is not None and facts.parts.hub_offline:

@@ -19,6 +19,8 @@ from megatron_plasticity.launch.doctor.probing import output_of
 
 _DISTRIBUTION = "megatron-plasticity"
 _RUN_TIME_EXTRAS = ("gpu", "data", "eval", "lora")
+ONLY_FOR_METRICS = ("psutil", "nvidia-ml-py")
+"""Declared, and without them a run lacks nothing but the utilisation of its machine."""
 _OPTIONAL = ("vllm", "nvidia-ml-py", "psutil", "triton", "liger-kernel", "transformer-engine")
 _COMMANDS = ("deepspeed", "ssh", "pdsh", "sbatch", "srun", "nvidia-smi")
 
@@ -29,7 +31,7 @@ def software() -> Software:
 
     folder = Path(megatron_plasticity.__file__).resolve().parent
     commit, changed = _commit(folder)
-    lines, python = _declared(folder)
+    lines, python = declared_lines(folder)
     return Software(
         python=platform.python_version(),
         python_specifier=python,
@@ -54,7 +56,7 @@ def requirements(lines: Sequence[tuple[str, str | None]]) -> Iterator[Requiremen
         yield Requirement(declared.name, str(declared.specifier), installed, fits, extra)
 
 
-def _declared(folder: Path) -> tuple[list[tuple[str, str | None]], str]:
+def declared_lines(folder: Path) -> tuple[list[tuple[str, str | None]], str]:
     """Our requirements with their extras, and the Pythons we run on: as a checkout declares them, else as they were installed.
     (An editable installation keeps what was declared on the day it was made.)"""
     project = _pyproject(folder.parent)
