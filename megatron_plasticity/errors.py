@@ -45,6 +45,19 @@ class LostProcess(UserError):
         self.exit_code = exit_code
 
 
+class FolderHeld(UserError):
+    """Another process has the folder now; the same command works when that one has ended. An exit code of its own (EX_CANTCREAT
+    of sysexits.h), which launchers pass on, tells a runner that nothing was tried."""
+
+    exit_code = 73
+
+
+class TimeLimitTooShort(UserError):
+    """The time limit of a queue came before a run had kept anything: it would go round for ever (EX_CONFIG of sysexits.h)."""
+
+    exit_code = 78
+
+
 def problems_of(checks: Iterable[Callable[[], object]]) -> list[str]:
     """What the checks raise, line by line; without the headings of messages that list several problems."""
     problems: list[str] = []

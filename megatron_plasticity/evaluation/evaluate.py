@@ -99,11 +99,11 @@ def evaluate_model(
         asking = _Asking(make_generator(), tokenizer, recipe, scorer, grid, whole, kept)
         # The same ones in the same order on every rank. Grading comes after all of them, so that no rank waits for it.
         passes = {digest: (asking.ask(test_set, False), asking.ask(test_set, True)) for digest, test_set in distinct.items()}
-        judged = {
-            digest: judge(distinct[digest].examples, greedy, sampled, grader, rules)
-            for digest, (greedy, sampled) in passes.items()
-            if greedy is not None and sampled is not None
-        }
+        judged = {}
+        for digest, (greedy, sampled) in passes.items():
+            if greedy is not None and sampled is not None:
+                whole.repeat()
+                judged[digest] = judge(distinct[digest].examples, greedy, sampled, grader, rules)
     if not grid.is_main:
         return {}, []
     results: dict[str, Any] = {"rules": rules, "tasks": {}, "examples": {}}
@@ -198,7 +198,7 @@ class _Asking:
         if self._kept is not None:
             found = self._kept.load(name) if self._grid.is_main else None
             if self._grid.from_main(found is not None):
-                self._whole.skip()
+                self._whole.repeat()
                 if found is None:
                     return None
                 self.cut += found[1]
@@ -268,8 +268,8 @@ class _Whole:
         self.before, self.started = self.started, self.started + answers
         return self if self.progress is not None else None
 
-    def skip(self) -> None:
-        """The pass was there already."""
+    def repeat(self) -> None:
+        """Say how far it is: as a sign of life, or since the pass was there already."""
         if self.progress is not None:
             self.progress.update(self.started, self.total, "answers")
 

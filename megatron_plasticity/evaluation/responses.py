@@ -22,6 +22,9 @@ PAPER_REPETITION_PENALTY = 1.1
 PAPER_STOP = ("Human", "Assistant")
 PAPER_TOTAL_TOKENS = 2048
 
+_REWARDED_AT_ONCE = 1024
+"""Conversations between two signs of life; within them, those of similar length are rewarded together."""
+
 
 @dataclass(frozen=True)
 class Question:
@@ -91,7 +94,7 @@ def answer_questions(
         [question.prompt for question in mine], [question.key for question in mine], samples, parameters, progress
     )
     texts = [[tokenizer.decode(continuation.tokens) for continuation in row] for row in generated]
-    rewards = _rewards(scorer, mine, texts)
+    rewards = _rewards(scorer, mine, texts, progress)
     answered = [
         [
             Response(text, len(continuation.tokens), continuation.finish, reward)
@@ -110,10 +113,17 @@ def answer_questions(
 
 
 def _rewards(
-    scorer: RewardScorer | None, questions: Sequence[Question], texts: Sequence[Sequence[str]]
+    scorer: RewardScorer | None, questions: Sequence[Question], texts: Sequence[Sequence[str]], progress: Progress | None
 ) -> Sequence[Sequence[float | None]]:
     if scorer is None:
         return [[None] * len(row) for row in texts]
     prompts = [question.example.prompt for question, row in zip(questions, texts, strict=True) for _ in row]
-    scores = iter(scorer.score(prompts, [text for row in texts for text in row]))
+    responses = [text for row in texts for text in row]
+    found: list[float] = []
+    for start in range(0, len(responses), _REWARDED_AT_ONCE):
+        part = slice(start, start + _REWARDED_AT_ONCE)
+        found += scorer.score(prompts[part], responses[part])
+        if progress is not None:  # a large reward model takes hours, in which the run must not seem dead
+            progress.update(len(responses), len(responses), "answers")
+    scores = iter(found)
     return [[next(scores) for _ in row] for row in texts]

@@ -20,6 +20,8 @@ from megatron_plasticity.evaluation.streams import stream_states
 if TYPE_CHECKING:
     from megatron_plasticity.tracking.progress import Progress
 
+_REQUESTS_AT_ONCE = 4096
+"""Many times what it decodes side by side, so that little waits at the end of a portion; after each comes a sign of life."""
 HEAD_SIZES = (32, 64, 96, 128, 160, 192, 224, 256)
 """What vLLM's FlashAttention backend takes (its `get_supported_head_sizes`)."""
 
@@ -66,11 +68,14 @@ class VllmGenerator:
             for stream in stream_states(parameters.seed, [key] * samples, range(samples)).tolist():
                 requests.append({"prompt_token_ids": list(prompt)})
                 settings.append(self._settings(parameters, limit, stream))
-        outputs = self._engine.generate(requests, settings, use_tqdm=False) if requests else []
         stop_strings = StopStrings(parameters.stop, self._tokenizer)
-        found = [stop_strings.cut(self._continuation(output.outputs[0].token_ids)) for output in outputs]
-        if progress is not None:
-            progress.update(len(found), len(found), "answers")
+        found: list[Continuation] = []
+        for start in range(0, len(requests), _REQUESTS_AT_ONCE):
+            part = slice(start, start + _REQUESTS_AT_ONCE)
+            outputs = self._engine.generate(requests[part], settings[part], use_tqdm=False)
+            found += [stop_strings.cut(self._continuation(output.outputs[0].token_ids)) for output in outputs]
+            if progress is not None:
+                progress.update(len(found), len(requests), "answers")
         return [found[start : start + samples] for start in range(0, len(found), samples)]
 
     def _settings(self, parameters: SamplingParameters, limit: int, stream: int) -> Any:

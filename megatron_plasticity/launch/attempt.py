@@ -115,7 +115,11 @@ class Launcher:
         folder.record_launcher()
         (logs / "command").write_text(shlex.join(command) + "\n", encoding="utf-8")
         opened[LAUNCH_FOLDER] = str(logs)
-        with tempfile.TemporaryDirectory(prefix="megatron-plasticity-") as temporary, StopSignal() as stop, _hang_up_as_termination():
+        with (
+            tempfile.TemporaryDirectory(prefix="megatron-plasticity-") as temporary,
+            StopSignal() as stop,
+            _hang_up_as_termination(),
+        ):
             environment = self._environment_of_launcher(Path(temporary) / "environment", opened)
             with (logs / "launcher.log").open("ab") as log:
                 # In a session of its own, so that a Ctrl-C in the terminal is ours to hand on: DeepSpeed would end its processes

@@ -38,7 +38,7 @@ def read_hostfile(path: Path) -> list[Host]:
         if not text:
             continue
         if (match := _LINE.fullmatch(text)) is None:
-            problems.append(f"line {number}: {text!r}: expected a name and its number of GPUs, such as: node1 slots=8")
+            problems.append(f"line {number}: {text!r}: {_what_is_wrong(text)}")
         elif match["name"] in [host.name for host in hosts]:
             problems.append(f"line {number}: {match['name']} is there already; give each machine one line with all its slots")
         else:
@@ -48,6 +48,17 @@ def read_hostfile(path: Path) -> list[Host]:
     if problems:
         raise UserError("\n  ".join([f"{path}: this hostfile cannot be used", *problems]))
     return hosts
+
+
+def _what_is_wrong(text: str) -> str:
+    """Of a line that DeepSpeed does not take, although MPI may."""
+    name, *rest = text.split()
+    if "@" in name:
+        host = name.partition("@")[2]
+        return f"user names belong into ~/.ssh/config (`Host {host}`, `User {name.partition('@')[0]}`); write: {host} slots=8"
+    if any(word.startswith(("max_slots", "max-slots")) for word in rest):
+        return f"max_slots is for MPI alone; write: {' '.join([name, *(w for w in rest if w.startswith('slots='))])}"
+    return "expected a name and its number of GPUs, such as: node1 slots=8"
 
 
 def chosen(hosts: Sequence[Host], include: str | None, exclude: str | None) -> list[Host]:

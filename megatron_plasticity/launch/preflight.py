@@ -157,14 +157,14 @@ def host_checks(
     used = [host for host in hosts if host.name in found]
     checks = [_gpu_check(job, used, found, process_count(hosts), over_ssh), *_place_checks(job, found, over_ssh)]
     if over_ssh:
-        checks[:0] = [_same_code(found)]
-        checks.append(_clock_check(found, times))
+        checks[:0] = [same_code_check(found)]
+        checks.append(clock_check(found, times))
     if port is not None:
         checks.append(_port_check(found, port_hint))
     return checks
 
 
-def _same_code(found: dict[str, Findings]) -> Check:
+def same_code_check(found: dict[str, Findings]) -> Check:
     """Every machine is compared with the first."""
     (first, reference), *others = found.items()
     problems = []
@@ -196,17 +196,15 @@ def _gpu_check(
         if over_ssh and job.config.device == "auto" and any(len(host.slots) > 1 for host in hosts):
             detail += "; warning: nvidia-smi finds no GPU on any machine, so `device: auto` trains on CPUs"
         return Check("processors", (), detail)
-    problems = []
+    problems = gpu_problems(hosts, found)
     try:
         needed = job.gpu_bytes(processes)
     except UserError:  # a layout that does not go: `run_check` says it
         needed = None
     for host in hosts:
         gpus = found[host.name].gpus
-        if absent := [slot for slot in host.slots if slot >= len(gpus)]:
-            problems.append(f"{host.name}: has {len(gpus)} GPUs, so none for slot {', '.join(map(str, absent))}")
         if needed is None:
-            continue
+            break
         for slot in [slot for slot in host.slots if slot < len(gpus) and gpus[slot].total]:
             gpu = gpus[slot]
             reserve = Machine(gpu.total / GIB).reserve * GIB
@@ -215,17 +213,31 @@ def _gpu_check(
                     f"{host.name}: GPU {slot} has {(gpu.total - gpu.used) / GIB:.1f} of {gpu.total / GIB:.1f} GiB free, and the "
                     f"run needs {needed / GIB:.1f} and a reserve of {reserve / GIB:.1f}; see `megatron-plasticity plan`"
                 )
-    slots = {host.name: [gpu for slot, gpu in enumerate(found[host.name].gpus) if slot in host.slots] for host in hosts}
-    kinds = {name: sorted({gpu.name for gpu in gpus}) for name, gpus in slots.items()}
+    names = sorted({name for kind in _gpu_kinds(hosts, found).values() for name in kind})
+    need = "" if needed is None else f", of which the run needs {needed / GIB:.1f} GiB each"
+    return Check("GPUs", tuple(problems), f"{processes} × {', '.join(names)}{need}")
+
+
+def gpu_problems(hosts: Sequence[Host], found: dict[str, Findings]) -> list[str]:
+    """Slots without a GPU, and machines with other GPUs than the first."""
+    problems = []
+    for host in hosts:
+        count = len(found[host.name].gpus)
+        if absent := [slot for slot in host.slots if slot >= count]:
+            problems.append(f"{host.name}: has {count} GPUs, so none for slot {', '.join(map(str, absent))}")
+    kinds = _gpu_kinds(hosts, found)
     first = next(iter(kinds))
-    problems += [
+    return problems + [
         f"{name}: has {', '.join(kind)} where {first} has {', '.join(kinds[first])}; the slowest would set the pace"
         for name, kind in kinds.items()
         if kind and kinds[first] and kind != kinds[first]
     ]
-    names = sorted({name for kind in kinds.values() for name in kind})
-    need = "" if needed is None else f", of which the run needs {needed / GIB:.1f} GiB each"
-    return Check("GPUs", tuple(problems), f"{processes} × {', '.join(names)}{need}")
+
+
+def _gpu_kinds(hosts: Sequence[Host], found: dict[str, Findings]) -> dict[str, list[str]]:
+    """Machine → names of the GPUs in its slots."""
+    slots = {host.name: [gpu for slot, gpu in enumerate(found[host.name].gpus) if slot in host.slots] for host in hosts}
+    return {name: sorted({gpu.name for gpu in gpus}) for name, gpus in slots.items()}
 
 
 def uses_gpus(job: LaunchedJob, found: dict[str, Findings]) -> bool:
@@ -268,7 +280,7 @@ def _port_check(found: dict[str, Findings], hint: str) -> Check:
     return Check("master port", problems, f"free on {first}")
 
 
-def _clock_check(found: dict[str, Findings], times: dict[str, float]) -> Check:
+def clock_check(found: dict[str, Findings], times: dict[str, float]) -> Check:
     offsets = {name: there.time - times[name] for name, there in found.items()}
     wrong = [
         f"{name}: its clock is {abs(offset):.0f} s {'ahead of' if offset > 0 else 'behind'} this machine's; set up NTP or chrony"

@@ -125,9 +125,9 @@ def code_hash() -> str:
 
 
 def digest(path: Path) -> str | None:
-    """A digest of the names and sizes of a folder's files, or of a file's size, and of what small JSON files say, of which a corpus
-    and a model have one with hashes of the large ones: enough to tell a shared folder from a stale copy. None where nothing can be
-    read."""
+    """A digest of the names and sizes of a folder's files, or of a file's size, and of what small JSON files say, of which a
+    corpus and a model have one with hashes of the large ones: enough to tell a shared folder from a stale copy. None where
+    nothing can be read."""
     try:
         files: Sequence[Path] = sorted(file for file in path.iterdir() if file.is_file()) if path.is_dir() else [path]
         listing = [f"{file.name} {file.stat().st_size}" for file in files]

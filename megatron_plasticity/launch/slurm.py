@@ -22,8 +22,12 @@ SECONDS_BEFORE_THE_LIMIT = 300
 CPUS_PER_GPU = 4
 """Without a word Slurm gives a process one core, which its threads for data, NCCL and checkpoints would share."""
 
-# The end of launch_scripts/slurm.sbatch too, which a test compares. "$@" is the verb with arguments; $python, $logs, and $preflight
-# (seconds for the all-reduce, or nothing) are set.
+STEP_OPTIONS = ("--export=ALL", "--kill-on-bad-exit=0", "--wait=900")
+"""Of the `srun` that starts the ranks of a run. One that has ended must not take with it those that still save: they notice by
+themselves when one is lost (`parallel/liveness.py`). Whoever has not noticed after a quarter of an hour is ended."""
+
+# The end of launch_scripts/slurm.sbatch too, which a test compares. "$@" is the verb with arguments; $python, $logs, and
+# $preflight (seconds for the all-reduce, or nothing) are set.
 BODY = r"""
 export MASTER_ADDR MASTER_PORT
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -192,6 +196,17 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
         "WORLD_SIZE": environment.get("SLURM_STEP_NUM_TASKS") or environment["SLURM_NTASKS"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
     }
+
+
+def meeting_place(environment: Mapping[str, str]) -> dict[str, str]:
+    """MASTER_ADDR, MASTER_PORT and SRUN_CPUS_PER_TASK for a step of the job whose variables these are, as BODY sets them."""
+    nodes = subprocess.run(
+        ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True
+    )
+    found = {"MASTER_ADDR": nodes.stdout.split()[0], "MASTER_PORT": str(20000 + int(environment["SLURM_JOB_ID"]) % 10000)}
+    if "SLURM_CPUS_PER_TASK" in environment:  # srun does not take it from sbatch any more
+        found["SRUN_CPUS_PER_TASK"] = environment["SLURM_CPUS_PER_TASK"]
+    return found
 
 
 def check_meeting_place(environment: Mapping[str, str]) -> None:

@@ -124,8 +124,8 @@ class ProcessGrid:
 
 
 def resolve_device(device: Literal["auto", "cpu", "cuda"]) -> torch.device:
-    """The device of this process: the GPU of its place on the machine, or the only one that it is given to see. Raises UserError if
-    CUDA is asked for and absent, or if there is no GPU for its place."""
+    """The device of this process: the GPU of its place on the machine, or the only one that it is given to see. Raises UserError
+    if CUDA is asked for and absent, or if there is no GPU for its place."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
@@ -197,8 +197,8 @@ def process_grid(device: torch.device, parallel: ParallelConfig | None = None) -
 
 @contextlib.contextmanager
 def _local_rank(device: torch.device) -> Iterator[None]:
-    """DeepSpeed insists on LOCAL_RANK, launcher or not, and takes it for the number of the GPU, which it is not where each process
-    sees one GPU alone. Others take it for the sign of a launcher, so it does not stay."""
+    """DeepSpeed insists on LOCAL_RANK, launcher or not, and takes it for the number of the GPU, which it is not where each
+    process sees one GPU alone. Others take it for the sign of a launcher, so it does not stay."""
     before = os.environ.get("LOCAL_RANK")
     if device.type == "cuda":
         os.environ["LOCAL_RANK"] = str(device.index)

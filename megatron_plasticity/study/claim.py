@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_plasticity.config.files import write_json_atomic
-from megatron_plasticity.errors import UserError
+from megatron_plasticity.errors import FolderHeld, UserError
 from megatron_plasticity.tracking.disk import explain_disk_errors
 from megatron_plasticity.tracking.lock import file_lock
 from megatron_plasticity.tracking.plain_types import read_json_object
@@ -80,7 +80,7 @@ class Claim:
 def claimed(folder: Path, say: Callable[[str], None] = print) -> Iterator[Claim]:
     """Be the runner of the study in `folder` during the block.
 
-    Raises UserError that names the other one if there is one. To see whether the runner of another host still lives takes half a
+    Raises FolderHeld that names the other one if there is one. To see whether the runner of another host still lives takes half a
     minute, which `say` is told of.
     """
     with file_lock(folder / "lock"):
@@ -126,7 +126,7 @@ def _wait_for_a_silent_runner(path: Path, say: Callable[[str], None]) -> None:
             return
         if not now:
             return  # it has ended well
-    raise UserError(f"{path.parent}: is being run by {_named(found)}. Wait for it to end, or stop it first.")
+    raise FolderHeld(f"{path.parent}: is being run by {_named(found)}. Wait for it to end, or stop it first.")
 
 
 def _named(found: Mapping[str, Any]) -> str:

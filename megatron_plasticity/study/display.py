@@ -70,6 +70,10 @@ class StudyDisplay:
         """A run failed in a way that may pass."""
         self._say(f"{cell.id} failed: {headline}\n  it is tried again in {format_duration(pause)}; log: {cell.folder / 'log'}")
 
+    def held(self, cell: PlannedCell, why: str) -> None:
+        """A run waits for another process, which has its folder."""
+        self._say(f"{cell.id} waits: {why}")
+
     def hung(self, cell: PlannedCell, minutes: float) -> None:
         """A run is ended since it gives no sign of life."""
         self._say(f"{cell.id} gave no sign of life for {minutes:g} minutes: it is ended; log: {cell.folder / 'log'}")

@@ -10,7 +10,7 @@ import re
 import signal
 from dataclasses import dataclass, field
 
-from megatron_plasticity.errors import LostProcess, UserError
+from megatron_plasticity.errors import FolderHeld, LostProcess, TimeLimitTooShort, UserError
 from megatron_plasticity.study.backends import Ended
 from megatron_plasticity.study.plan import PlannedCell
 from megatron_plasticity.tracking.run_folder import RunFolder, RunState
@@ -38,8 +38,10 @@ _PASSING = re.compile(
     ),
     re.IGNORECASE,
 )
-# Another process has the run folder, such as one that a network has cut off: it ends, or is forgotten.
-_HELD = "is being run by"
+# What CUDA says of a program or a machine that does not suit: it says so each time.
+_LASTING = re.compile("no kernel image|device-side assert|invalid device ordinal|driver version is insufficient", re.IGNORECASE)
+# A message of ours, and the lines that belong to it; but not that of whoever only tells of another process's end.
+_SAID = re.compile(r"^error(?: \(rank \d+\))?: (?!the deepspeed launcher ended)(.*(?:\n  .*)*)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class Failure:
 
     reason: str
     passing: bool
+    held: bool = False
+    """Nothing was tried: another process has the run folder, such as one that a network has cut off. It ends, or is forgotten."""
 
     @property
     def headline(self) -> str:
@@ -67,13 +71,20 @@ def explain(cell: PlannedCell, ended: Ended, log_size_before: int) -> Failure:
         hint = " (out of memory?)" if number == signal.SIGKILL else ""
         known = error if error and number == signal.SIGTERM else None
         return Failure(ended.reason or known or f"its process was killed by signal {number}{hint}", passing=True)
-    reason = error or ended.reason or "\n".join(text.splitlines()[-5:]) or f"its process ended with exit code {code}"
+    said = _said(text)
+    if code == FolderHeld.exit_code:
+        return Failure(said or "another process has its folder", passing=True, held=True)
+    if code == TimeLimitTooShort.exit_code:
+        return Failure(said or "its time limit came before anything was kept", passing=False)
+    end = "\n".join(text.splitlines()[-5:])
+    reason = error or ended.reason or said or end or f"its process ended with exit code {code}"
     if code == LostProcess.exit_code:
         return Failure(reason, passing=True)
     if code == UserError.exit_code:
-        return Failure(reason, passing=_HELD in reason)
+        return Failure(reason, passing=False)
     # What the run itself says counts before what else is in the log: ranks that only lost the failed one complain there too.
-    return Failure(reason, passing=_PASSING.search(error or text) is not None)
+    words = error or text
+    return Failure(reason, passing=_PASSING.search(words) is not None and _LASTING.search(words) is None)
 
 
 def ended_by_signal(exit_code: int | None) -> int | None:
@@ -140,6 +151,11 @@ def log_size(cell: PlannedCell) -> int:
 def _error(cell: PlannedCell) -> str | None:
     state = read_state(cell)
     return state.error if state is not None and state.status in ("failed", "interrupted") else None
+
+
+def _said(text: str) -> str | None:
+    """The last error that a process wrote down as one of ours; the launcher's own lines may come after it."""
+    return next((found[1] for found in reversed(list(_SAID.finditer(text)))), None)
 
 
 def _added(cell: PlannedCell, before: int) -> str:

@@ -36,6 +36,7 @@ from megatron_plasticity.study.plan import PlannedCell, StudyPlan, plan_study
 from megatron_plasticity.study.recipes import import_configs, study_folder
 from megatron_plasticity.study.retries import Failure, Retries, explain, log_size, read_state
 from megatron_plasticity.tracking.disk import explain_disk_errors
+from megatron_plasticity.tracking.lock import file_lock
 from megatron_plasticity.tracking.mlflow_mirror import MlflowMirror, mirror_in_background
 from megatron_plasticity.tracking.process import host_name
 from megatron_plasticity.tracking.progress import ConsoleProgress, NoProgress
@@ -212,6 +213,8 @@ class _Runner:
     """Cell id → its job."""
     waiting: dict[str, _Waiting] = field(default_factory=dict)
     """Cell id → when it is tried again."""
+    told: dict[str, str] = field(default_factory=dict)
+    """Cell id → who has its folder, as a person was told."""
 
     def __post_init__(self) -> None:
         resources = self.resources
@@ -245,8 +248,10 @@ class _Runner:
         for cell in self._ready() if free else ():
             if len(cells) == free:
                 break
-            if _held_elsewhere(cell):
+            if (holder := _held_elsewhere(cell)) is not None:
+                self._tell_once(cell, holder, display)
                 continue
+            self.told.pop(cell.id, None)
             try:
                 # The folder says what to do, so that any machine can do it.
                 RunFolder.create(cell.folder.parent, cell.kind, cell.name, cell.config, cell.inputs)
@@ -303,6 +308,10 @@ class _Runner:
             self._fail(cell, failure, display)
 
     def _fail(self, cell: PlannedCell, failure: Failure, display: StudyDisplay) -> None:
+        if failure.held:  # no attempt: its state belongs to whoever has it
+            self.waiting[cell.id] = _Waiting(time.time() + self.resources.retry_seconds, failure, self.retries.count(cell))
+            self._tell_once(cell, failure.headline, display)
+            return
         pause = self.retries.pause_after(cell, failure)
         if pause is not None:
             self.waiting[cell.id] = _Waiting(time.time() + pause, failure, self.retries.count(cell))
@@ -311,12 +320,22 @@ class _Runner:
         times = self.retries.count(cell)
         reason = failure.reason if times == 1 else f"{failure.reason}\n({times} attempts that got no further failed)"
         self.failed[cell.id] = reason
-        # A process that was killed could not say so itself.
+        # A process that was killed could not say so itself. Under the lock alone: a process of another host that has not been silent
+        # for long is, as its back end knows, the one that failed.
         with contextlib.suppress(UserError, OSError):
             folder = RunFolder.open(cell.folder)
-            if folder.state.status not in ("done", "failed"):
-                folder.mark_failed(failure.reason)
+            with file_lock(folder.path / "lock"):
+                state = folder.state
+                lives_here = state.status == "running" and state.host == host_name()
+                if state.status not in ("done", "failed") and not lives_here:
+                    folder.mark_failed(failure.reason)
         display.failed(cell, reason)
+
+    def _tell_once(self, cell: PlannedCell, why: str, display: StudyDisplay) -> None:
+        """Say why a run has to wait, unless that was the last thing said of it."""
+        if self.told.get(cell.id) != why:
+            self.told[cell.id] = why
+            display.held(cell, why)
 
     def _end_hung(self, display: StudyDisplay) -> None:
         """Ask what is silent for too long to end; kill what does not."""
@@ -383,12 +402,20 @@ def _is_done(cell: PlannedCell) -> bool:
     return state is not None and state.status == "done"
 
 
-def _held_elsewhere(cell: PlannedCell) -> bool:
-    """Whether a process of another host may still be at this run: one that a network cut off goes on until it notices."""
+def _held_elsewhere(cell: PlannedCell) -> str | None:
+    """Who else is at this run, in words: a process of this host that lives, or one of another host that may, since one that a
+    network cut off goes on until it notices."""
     state = read_state(cell)
-    if state is None or state.status != "running" or state.host == host_name():
-        return False
-    return time.time() - (state.heartbeat or 0) < SECONDS_UNTIL_FORGOTTEN
+    if state is None or state.status != "running":
+        return None
+    holder = f"process {state.pid} on {state.host} is at it"
+    if state.host == host_name():  # one that is gone counts as interrupted
+        return f"{holder}; this study goes on with it when that process has ended"
+    if time.time() - (state.heartbeat or 0) >= SECONDS_UNTIL_FORGOTTEN:
+        return None
+    return f"{holder}, or was cut off; it is started here when that process has ended, or was silent for " + (
+        f"{SECONDS_UNTIL_FORGOTTEN / 60:.0f} minutes"
+    )
 
 
 def _plain(value: Any) -> Any:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from megatron_plasticity.errors import UserError
+from megatron_plasticity.errors import FolderHeld
 from megatron_plasticity.tracking.disk import explain_disk_errors
 from megatron_plasticity.tracking.process import host_name
 
@@ -18,7 +18,7 @@ from megatron_plasticity.tracking.process import host_name
 def file_lock(path: Path) -> Iterator[None]:
     """Hold the lock file `path` during the block; its text names the holder.
 
-    Raises UserError, naming that host and process, if another process (or another caller in this one) holds it. The file stays
+    Raises FolderHeld, naming that host and process, if another process (or another caller in this one) holds it. The file stays
     behind, since removing it would let two processes lock two files of one name. A file system without locks grants everything.
     """
     with explain_disk_errors(path.parent):
@@ -42,7 +42,7 @@ def _acquire(descriptor: int, path: Path) -> None:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.pread(descriptor, 500, 0).decode(errors="replace").strip() or "another process"
-        raise UserError(f"{path.parent}: is being run by {holder}. Wait for it to end, or stop it first.") from None
+        raise FolderHeld(f"{path.parent}: is being run by {holder}. Wait for it to end, or stop it first.") from None
     except OSError as error:
         if error.errno not in (errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK):
             raise

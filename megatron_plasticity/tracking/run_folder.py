@@ -25,7 +25,7 @@ from megatron_plasticity.config.base import Section
 from megatron_plasticity.config.files import write_json_atomic, write_text_atomic
 from megatron_plasticity.config.hashing import KINDS, config_hash
 from megatron_plasticity.config.load import load_config
-from megatron_plasticity.errors import Interrupted, UserError
+from megatron_plasticity.errors import FolderHeld, Interrupted, UserError
 from megatron_plasticity.tracking.disk import explain_disk_errors
 from megatron_plasticity.tracking.lock import file_lock
 from megatron_plasticity.tracking.plain_types import from_json, read_json_object, section_to_yaml, to_json
@@ -163,7 +163,7 @@ class RunFolder:
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold this folder for this process; UserError naming host and process if another one has it.
+        """Hold this folder for this process; FolderHeld naming host and process if another one has it.
 
         Where the file system has no locks, or does not share them between hosts, the heartbeat decides.
         """
@@ -234,9 +234,9 @@ class RunFolder:
 
     def _refuse_a_live_foreign_host(self) -> None:
         state = self.state
-        silent_for = time.time() - (state.heartbeat or 0)
+        silent_for = max(0.0, time.time() - (state.heartbeat or 0))  # the clock of the other host may be ahead
         if state.status == "running" and state.host != host_name() and silent_for < SECONDS_UNTIL_FORGOTTEN:
-            raise UserError(
+            raise FolderHeld(
                 f"{self.path}: is being run by process {state.pid} on {state.host}, last heard of {silent_for:.0f} s ago. If "
                 f"you know that it is gone, delete {self.path / 'state.json'}, or wait until it has been silent for "
                 f"{SECONDS_UNTIL_FORGOTTEN:.0f} s."

@@ -9,7 +9,10 @@ import torch
 from megatron_plasticity.config.evaluation import RewardConfig
 from megatron_plasticity.data.tokenizer import train_byte_bpe
 from megatron_plasticity.errors import UserError
+from megatron_plasticity.evaluation import responses as responses_module
+from megatron_plasticity.evaluation.responses import Question
 from megatron_plasticity.evaluation.rewards import LengthScorer, SequenceClassifierScorer, make_scorer
+from megatron_plasticity.evaluation.tasks.task import Example, Reference
 
 CHAT_TEMPLATE = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|endoftext|>{% endfor %}"
 PROMPTS = ["one and two?", "a", "what is 17 + 4, please?", "b"]
@@ -117,3 +120,23 @@ def test_length_cuts_nothing() -> None:
     scorer = LengthScorer()
     scorer.score(["q"], ["x" * 10**6])
     assert scorer.cut == 0
+
+
+def test_long_scoring_gives_signs_of_life(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study's runner takes a run that is silent for an hour for dead."""
+    monkeypatch.setattr(responses_module, "_REWARDED_AT_ONCE", 4)
+    questions = [
+        Question(Example(str(number), "?" * number, "", Reference("number", "1")), (1,), fits=True) for number in range(5)
+    ]
+    texts = [["a" * number, "b" * 2 * number] for number in range(5)]
+    signs: list[float] = []
+
+    class Signs:
+        def update(self, done: float, total: float, unit: str, **info: float | str) -> None:
+            signs.append(done)
+
+    whole = responses_module._rewards(LengthScorer(), questions, texts, Signs())
+    assert len(signs) == 3
+    prompts = [question.example.prompt for question in questions for _ in range(2)]
+    expected = LengthScorer().score(prompts, [text for row in texts for text in row])
+    assert [score for row in whole for score in row] == expected

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -15,11 +17,12 @@ import yaml
 
 from megatron_plasticity.config.training import PretrainConfig
 from megatron_plasticity.errors import LostProcess, UserError
-from megatron_plasticity.launch.attempt import Launcher, Outcome
+from megatron_plasticity.launch.attempt import Launcher, Outcome, say
 from megatron_plasticity.launch.command import Meeting, cluster_command, free_port
 from megatron_plasticity.launch.environment import travelling
-from megatron_plasticity.launch.folder import RankRecord
+from megatron_plasticity.launch.folder import LaunchFolder, RankRecord
 from megatron_plasticity.launch.machines import Machines
+from megatron_plasticity.launch.start import _verdict
 from megatron_plasticity.models.checkpoint import open_checkpoint
 from megatron_plasticity.tracking.metrics import read_metrics
 from megatron_plasticity.tracking.run_folder import RunFolder
@@ -92,6 +95,114 @@ def test_the_code_of_the_rank_that_failed_arrives(
     written = "".join(path.read_text(errors="replace") for path in (tmp_path / "logs").rglob("*") if path.is_file())
     assert "--num_gpus 2" in written
     assert not [name for name, secret in SECRETS.items() if secret in written]
+
+
+@dataclass(frozen=True)
+class Direct(Launcher):
+    """One rank, without a launcher between."""
+
+    def command(self, program: Sequence[str], logs: Path) -> list[str]:
+        return [sys.executable, *program]
+
+
+def direct(folder: Path, text: str, monkeypatch: pytest.MonkeyPatch) -> Outcome:
+    """Run a script as the only rank."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    script = folder / "rank.py"
+    script.write_text("import os, signal, sys, time\nfrom pathlib import Path\n" + text)
+    launcher = Direct(Machines.local(1), Meeting("127.0.0.1", free_port()), travelling(os.environ), cpu=True)
+    return launcher.run([str(script)], folder / "logs", echo=True, seconds=30)
+
+
+def test_a_closed_terminal_lets_the_ranks_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = signal.getsignal(signal.SIGHUP)
+    outcome = direct(
+        tmp_path,
+        "from megatron_plasticity.launch.rank import launched_rank\n"
+        "with launched_rank(os.environ):\n"
+        "    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(143))\n"
+        "    os.kill(os.getppid(), signal.SIGHUP)\n"
+        "    time.sleep(60)\n",
+        monkeypatch,
+    )
+    assert outcome.stopped_by == signal.SIGTERM
+    assert not outcome.too_long
+    assert [record.exit_code for record in outcome.records] == [143], "it could end by itself"
+    assert not (tmp_path / "logs" / "environment.json").exists()
+    assert signal.getsignal(signal.SIGHUP) == before
+
+
+def test_a_record_that_cannot_be_read_ends_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a network file system says ESTALE, or shows half a file, while it is replaced."""
+    outcome = direct(
+        tmp_path,
+        "from megatron_plasticity.launch.rank import LAUNCH_FOLDER, launched_rank\n"
+        "folder = Path(os.environ[LAUNCH_FOLDER])\n"
+        "with launched_rank(os.environ):\n"
+        "    (folder / 'ranks' / '0.json').write_text('{')\n"
+        "    (folder / 'ranks' / '1.json').mkdir()\n"
+        "    time.sleep(1.5)\n"
+        "    sys.exit(7)\n",
+        monkeypatch,
+    )
+    assert outcome.exit_code == 7
+    assert [record.rank for record in outcome.records] == [0]
+
+
+def test_a_reader_that_has_left_is_no_reason_to_end_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Left(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("sys.stdout", Left())
+    say("step 1\n")
+    say("step 2\n")
+
+
+def test_the_command_is_shown_with_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    sent = travelling({"HF_TOKEN": "s3cret", "PATH": os.environ["PATH"]})
+    shown = Launcher(Machines.local(2), Meeting("127.0.0.1", 1), sent, cpu=True, threads=3).shown(["--module", "x"], tmp_path)
+    first, second = shown.splitlines()
+    assert first.startswith("DS_ACCELERATOR=cpu OMP_NUM_THREADS=3 ")
+    assert second.endswith("the ranks get besides: HF_TOKEN")
+    assert "s3cret" not in shown
+
+
+@pytest.mark.parametrize(
+    ("code", "said", "unsaid"),
+    [(2, "nothing will change until that is mended", "the same command"), (75, "the same command goes on", "mended")],
+)
+def test_the_end_says_what_to_do(tmp_path: Path, run_folder: RunFolder, code: int, said: str, unsaid: str) -> None:
+    outcome = Outcome(code, [record(0, code, 1.0)], 1)
+    with pytest.raises(UserError) as caught:
+        _verdict(outcome, Launcher(Machines.local(1), Meeting("", 1), travelling({})), launch_folder(tmp_path), run_folder)
+    assert caught.value.exit_code == code
+    assert said in str(caught.value)
+    assert unsaid not in str(caught.value)
+
+
+def test_a_signal_in_the_last_step_stops_nothing(
+    tmp_path: Path, run_folder: RunFolder, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with run_folder.running() as running:
+        running.mark_done({})
+    outcome = Outcome(0, [record(0, 0)], 1, signal.SIGTERM)
+    assert (
+        _verdict(outcome, Launcher(Machines.local(1), Meeting("", 1), travelling({})), launch_folder(tmp_path), run_folder) == 0
+    )
+    assert "it ended before it could be stopped" in capsys.readouterr().out
+
+
+def launch_folder(folder: Path) -> LaunchFolder:
+    return LaunchFolder.create(folder / "launch", {})
+
+
+@pytest.fixture
+def run_folder(pretrain_config: Callable[..., PretrainConfig], tmp_path: Path) -> RunFolder:
+    return RunFolder.create(tmp_path, "pretrain", "small", pretrain_config(), {})
 
 
 @pytest.mark.slow

@@ -127,6 +127,13 @@ def test_broken_cuda_is_a_problem_with_what_torch_says() -> None:
     assert "8 of NVIDIA, none of which torch can use" in text(facts)
 
 
+def test_what_only_metrics_need_is_no_problem() -> None:
+    requirements = (Requirement("nvidia-ml-py", ">=12.535", None, False), Requirement("psutil", ">=6.0", None, False))
+    assert problems(section(laptop(), "software", requirements=requirements)) == []
+    (problem,) = problems(section(laptop(), "software", requirements=(Requirement("psutil", ">=6.0", "5.9", False),)))
+    assert "psutil 5.9" in problem, "what is there has to fit"
+
+
 def test_hidden_gpus_are_a_choice_and_no_problem() -> None:
     facts = with_variables(broken_cuda(), CUDA_VISIBLE_DEVICES="")
     assert problems(facts) == []
@@ -273,6 +280,10 @@ TAKEN = DriverGpu(3, "NVIDIA H100 80GB HBM3", 80 * 1024, 60 * 1024, False, False
         (
             section(laptop(), "software", requirements=(Requirement("math-verify", ">=0.8", None, False, "eval"),)),
             ["Without math-verify"],
+        ),
+        (
+            section(laptop(), "software", requirements=(Requirement("nvidia-ml-py", ">=12.535", None, False),)),
+            ["Without nvidia-ml-py", "pip install nvidia-ml-py"],
         ),
         (section(laptop(), "parts", hub_offline=True), ["HF_HUB_OFFLINE"]),
         (with_variables(h100_node(), CUDA_LAUNCH_BLOCKING="1"), ["unset CUDA_LAUNCH_BLOCKING"]),

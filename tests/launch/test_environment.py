@@ -68,6 +68,11 @@ def test_all_that_cannot_travel_is_named() -> None:
         assert part in str(caught.value)
 
 
+def test_on_this_machine_nothing_travels_openly() -> None:
+    sent = travelling({**BASE, "PYTHONPATH": "/a b;c"}, openly=False)
+    assert sent.launcher["PYTHONPATH"] == "/a b;c"
+
+
 def test_deepspeed_reads_the_file_that_is_written(tmp_path: Path) -> None:
     path = tmp_path / "file"
     write_deepspeed_file(path, {"A": "1", "B": "x=y"})

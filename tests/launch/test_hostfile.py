@@ -50,6 +50,11 @@ def test_every_bad_line_is_named(tmp_path: Path) -> None:
     said = str(caught.value)
     for part in ("line 1: 'node1'", "line 3: node2 is there already", "line 4: 'node3 slots=0'"):
         assert part in said
+    path.write_text("ada@node1 slots=8\nnode2 slots=8 max_slots=8\n")
+    with pytest.raises(UserError) as caught:
+        read_hostfile(path)
+    assert "user names belong into ~/.ssh/config (`Host node1`, `User ada`); write: node1 slots=8" in str(caught.value)
+    assert "max_slots is for MPI alone; write: node2 slots=8" in str(caught.value)
     path.write_text("# nobody\n")
     with pytest.raises(UserError, match="names no machine"):
         read_hostfile(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -11,10 +12,11 @@ from pathlib import Path
 import pytest
 
 from megatron_plasticity.errors import UserError
-from megatron_plasticity.launch.folder import LaunchFolder, RankRecord
+from megatron_plasticity.launch.folder import LaunchFolder, RankRecord, sweep
 from megatron_plasticity.launch.rank import LAUNCH_FOLDER, launched_rank
 from megatron_plasticity.launch.slurm import check_meeting_place, rank_environment
-from megatron_plasticity.launch.stop import signal_ranks
+from megatron_plasticity.launch.stop import signal_ranks, stop
+from megatron_plasticity.parallel.grid import _local_rank, resolve_device
 from megatron_plasticity.tracking.process import host_name, process_start
 
 
@@ -64,6 +66,61 @@ def test_only_the_owner_can_read_the_environment_and_it_can_be_forgotten(
         pass
     assert ended.value.code == 2
     assert "a rank on this machine cannot read it (No such file or directory)" in capsys.readouterr().err
+
+
+def test_the_last_rank_that_reads_the_environment_removes_it(tmp_path: Path) -> None:
+    """Whoever launched it may be gone by then."""
+    folder = LaunchFolder.create(tmp_path / "launch", {"HF_TOKEN": "s3cret"})
+    file = folder.path / "environment.json"
+    with launched_rank({LAUNCH_FOLDER: str(folder.path), "RANK": "0", "WORLD_SIZE": "2"}):
+        assert file.exists()
+    with launched_rank({LAUNCH_FOLDER: str(folder.path), "RANK": "1", "WORLD_SIZE": "2"}):
+        assert not file.exists()
+
+
+def test_a_launch_sweeps_what_others_have_left(tmp_path: Path) -> None:
+    folders = {
+        name: LaunchFolder.create(tmp_path / name, {"HF_TOKEN": "s3cret"}) for name in ("mine", "new", "old", "killed", "far")
+    }
+    folders["mine"].record_launcher()
+    note(folders["killed"], host_name(), os.getpid(), 1)  # another process had this number
+    note(folders["far"], "elsewhere", os.getpid(), 1)
+    os.utime(folders["old"].path / "environment.json", (0, 0))
+    sweep(tmp_path)
+    left = {name for name, folder in folders.items() if (folder.path / "environment.json").exists()}
+    assert left == {"mine", "new", "far"}
+
+
+def note(folder: LaunchFolder, host: str, pid: int, started: int | None) -> None:
+    """Who launched it."""
+    (folder.path / "launch.json").write_text(json.dumps({"host": host, "pid": pid, "process_start": started}))
+
+
+def test_a_launch_is_stopped_through_the_process_that_watches_it(tmp_path: Path) -> None:
+    folder = LaunchFolder.create(tmp_path / "launch", {})
+    watcher = subprocess.Popen(["sleep", "60"])
+    note(folder, host_name(), watcher.pid, process_start(watcher.pid))
+    command = [sys.executable, "-m", "megatron_plasticity.launch.stop", str(folder.path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    assert f"process {watcher.pid}, which watches over the ranks, was told" in ended.stdout
+    assert watcher.wait(10) == -signal.SIGTERM
+    assert stop(folder) == "nothing of it runs any more"
+
+
+def test_a_launch_without_a_watcher_is_stopped_through_its_ranks(tmp_path: Path) -> None:
+    folder = LaunchFolder.create(tmp_path / "launch", {})
+    note(folder, "elsewhere", 1, 1)
+    with pytest.raises(UserError, match="try the same command on elsewhere"):
+        stop(folder)
+    sleeper = subprocess.Popen(["sleep", "60"])
+    folder.record(RankRecord(0, "node7", 1, None))
+    folder.record(RankRecord(1, host_name(), sleeper.pid, process_start(sleeper.pid)))
+    assert stop(folder) == "rank 1 was told; all ranks of the run save and stop"
+    assert sleeper.wait(10) == -signal.SIGTERM
+    with pytest.raises(UserError, match="try the same command on elsewhere or node7"):
+        stop(folder)
+    with pytest.raises(UserError, match="not the folder of a launch"):
+        stop(LaunchFolder(tmp_path))
 
 
 def test_a_file_system_without_owners_gets_no_secrets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,3 +183,25 @@ def test_tasks_that_cannot_meet_do_not_train(capsys: pytest.CaptureFixture[str])
         pass  # such as `srun megatron-plasticity doctor`
     for harmless in (lonely | MEETING, lonely | {"RANK": "0"}, SLURM, SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, {}):
         check_meeting_place(harmless)
+
+
+@pytest.mark.parametrize(("place", "count", "index"), [("3", 1, 0), ("3", 4, 3), (None, 1, 0), (None, 8, 0)])
+def test_a_process_that_sees_one_gpu_takes_it(monkeypatch: pytest.MonkeyPatch, place: str | None, count: int, index: int) -> None:
+    """As with one GPU bound to each task of Slurm."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: count)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    if place is not None:
+        monkeypatch.setenv("LOCAL_RANK", place)
+    assert resolve_device("cuda").index == index
+    with _local_rank(resolve_device("cuda")):
+        assert os.environ["LOCAL_RANK"] == str(index), "DeepSpeed takes it for the number of the GPU"
+    assert os.environ.get("LOCAL_RANK") == place
+
+
+def test_a_process_without_a_gpu_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 4)
+    monkeypatch.setenv("LOCAL_RANK", "4")
+    with pytest.raises(UserError, match="number 4 on its machine, from 0, and sees 4 GPUs"):
+        resolve_device("cuda")

@@ -83,3 +83,14 @@ def test_the_slurm_script_explains_itself(repository: Path) -> None:
     ended = subprocess.run(["bash", repository / "launch_scripts" / "slurm.sbatch"], capture_output=True, text=True, timeout=30)
     assert ended.returncode == 2
     assert "usage: sbatch [OPTIONS] launch_scripts/slurm.sbatch" in ended.stderr
+
+
+def test_the_slurm_script_names_a_python_without_this_project(repository: Path, tmp_path: Path) -> None:
+    script, environment = repository / "launch_scripts" / "slurm.sbatch", {"PATH": os.environ["PATH"], "SLURM_JOB_ID": "7"}
+    for added, named in (({}, ".venv/bin/python"), ({"PYTHON": "/nowhere/python"}, "/nowhere/python")):
+        ended = subprocess.run(
+            ["bash", script, "pretrain", "x.yaml"],
+            cwd=tmp_path, env={**environment, **added}, capture_output=True, text=True, timeout=30,
+        )  # fmt: skip
+        assert ended.returncode == 2
+        assert f"error: {named} in {tmp_path} cannot import megatron_plasticity" in ended.stderr

@@ -55,8 +55,8 @@ SCONTROL = """#!/bin/bash
 echo "scontrol $*" >> "$RECORD"
 [ "$1 $2" != "show hostnames" ] || printf 'node1\\nnode2\\n'
 """
-# In place of our Python: says what it was told, and ends as its arguments say. Told to save, rank 0 ends last, and adds a checkpoint
-# if it is to.
+# In place of our Python: says what it was told, and ends as its arguments say. Told to save, rank 0 ends last, and adds a
+# checkpoint if it is to.
 PYTHON = """#!/bin/bash
 case $2 in
 *.kept) echo "$*" >> "$RECORD"; cat "$KEPT" 2>/dev/null; exit 0;;
@@ -73,7 +73,11 @@ trap 'save "$@"' USR1
 echo "$* $SLURM_PROCID $MASTER_ADDR $MASTER_PORT"
 case $4 in
 code=*) exit "${4#code=}";;
-lost=*) [ "$SLURM_PROCID" = 0 ] || exit "${4#lost=}"; echo "step-$RANDOM$RANDOM" >> "$KEPT"; LC_ALL=C sort -o "$KEPT" "$KEPT"; exit 75;;
+lost=*)
+    [ "$SLURM_PROCID" = 0 ] || exit "${4#lost=}"
+    echo "step-$RANDOM$RANDOM" >> "$KEPT"
+    LC_ALL=C sort -o "$KEPT" "$KEPT"
+    exit 75;;
 esac
 while :; do sleep 0.05; done
 """

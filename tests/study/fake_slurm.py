@@ -137,10 +137,11 @@ def srun(arguments: list[str]) -> int:
     for rank in range(2):
         task = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": str(rank), "SLURM_NTASKS": "2", "SLURM_STEP_ID": "0"}
         tasks.append(subprocess.Popen(program, env={**os.environ, **task}))
-    while None in (codes := [task.poll() for task in tasks]) and not any(codes):
+    kill_on_bad_exit = "--kill-on-bad-exit=1" in arguments
+    while None in (codes := [task.poll() for task in tasks]) and not (kill_on_bad_exit and any(codes)):
         time.sleep(0.1)
-    for task in tasks:  # --kill-on-bad-exit
-        task.kill()
+    for task in tasks:
+        task.terminate()
     return max(abs(task.wait()) for task in tasks)
 
 

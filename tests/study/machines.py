@@ -33,7 +33,9 @@ if os.path.exists(os.path.join({folder!r}, host + ".away")):
     sys.stderr.write("ssh: connect to host " + host + " port 22: No route to host\\n")
     sys.exit(255)
 if os.path.exists(os.path.join({folder!r}, host + ".blind")):
-    line += ".elsewhere"
+    line = "sed s/seen-by-all/not-seen/ | (" + line + ")"
+if os.path.exists(os.path.join({folder!r}, host + ".old")):
+    line = "(" + line + ") | sed 's/torch.: ./&old-/'"
 os.environ["FAKE_HOST"] = host
 os.execv("/bin/sh", ["sh", "-c", line])
 """
@@ -53,7 +55,8 @@ def stand_in_runs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def fake_ssh(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Put an `ssh` on PATH for which every name is this machine; the calls of it are written to the file returned. A machine
-    NAME is away while there is a file `NAME.away` in `folder`, and does not see shared files while there is one `NAME.blind`."""
+    NAME is away while there is a file `NAME.away` in `folder`, does not see shared files while there is one `NAME.blind`,
+    and has an old torch while there is one `NAME.old`."""
     log = folder / "ssh.log"
     log.touch()
     _program(folder / "bin" / "ssh", _SSH.format(python=sys.executable, log=str(log), folder=str(folder)))

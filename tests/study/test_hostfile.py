@@ -24,7 +24,7 @@ from megatron_plasticity.launch.hostfile import Host
 from megatron_plasticity.study import runner
 from megatron_plasticity.study.again import config_of
 from megatron_plasticity.study.backends import hostfile as hostfile_module
-from megatron_plasticity.study.backends.hostfile import HostfileBackend
+from megatron_plasticity.study.backends.hostfile import HostfileBackend, _port_on
 from megatron_plasticity.study.backends.remote import order
 from megatron_plasticity.study.check import check_study
 from megatron_plasticity.study.places import places_of
@@ -137,13 +137,15 @@ def test_machines_that_cannot_be_used_are_named_all_at_once(
     tmp_path: Path, tiny_corpus: Path, ssh_log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "two.away").touch()
-    hosts = "one slots=1\ntwo slots=1\nthree slots=1\n"
+    hosts = "one slots=1\ntwo slots=1\nthree slots=1\nfour slots=1\n"
     (tmp_path / "three.blind").touch()
+    (tmp_path / "four.old").touch()
     with pytest.raises(UserError) as raised:
         run_study(study(tmp_path, tiny_corpus, hosts=hosts))
     message = str(raised.value)
     assert "two: cannot be reached by ssh without a password: ssh: connect to host two port 22: No route to host" in message
     assert "three: does not see" in message
+    assert "four: torch old-" in message
     assert "  one:" not in message
 
 
@@ -258,6 +260,16 @@ def test_the_commands_of_a_place(tmp_path: Path, tiny_corpus: Path) -> None:
     assert {*second} - {*first} == {"1"}
     assert second[second.index("--node_rank") + 1] == "1"
     assert second[second.index("--master_addr") + 1] == "one"
+    backend._addresses["one"] = "10.0.0.1"  # as `check` finds it: the name may lead nowhere from the others
+    assert "10.0.0.1" in backend._command_on_many(backend.places[0], cell, 1, "29500")
+
+
+def test_a_port_that_is_taken_is_not_used(ssh_log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("", 0)) as taken:
+        port = taken.getsockname()[1]
+        monkeypatch.setattr("random.sample", lambda population, k: [port, 20001])
+        assert _port_on(Host("one", (0,))) == 20001
+    assert _port_on(Host("one", (0,))) == port
 
 
 @pytest.mark.parametrize(

@@ -131,7 +131,7 @@ def test_two_runners_do_not_meet(tmp_path: Path) -> None:
     try:
         wait_for_progress(tmp_path / "runs" / "small", first)
         second = subprocess.run(command("study", "run", study), capture_output=True, text=True, timeout=60)
-        assert second.returncode == 2
+        assert second.returncode == 73
         assert f"process {first.pid}" in second.stderr
     finally:
         first.send_signal(signal.SIGTERM)

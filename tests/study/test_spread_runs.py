@@ -60,6 +60,6 @@ def test_as_a_slurm_job(tmp_path: Path, tiny_corpus: Path, monkeypatch: pytest.M
     text, loss = log_and_loss(outcome.folder)
     assert 4 < loss < 7
     (srun,) = [line for line in (queue / "calls").read_text().splitlines() if line.startswith("srun")]
-    assert "--kill-on-bad-exit=1" in srun
+    assert "--export=ALL --kill-on-bad-exit=0 --wait=900" in srun, "who still saves is left to it"
     assert "#SBATCH --ntasks-per-node=2\n" in (queue / "submitted-100").read_text()
     assert "attempt 1 of job 100_0" in text

@@ -8,6 +8,7 @@ and its own rank. Each connection ends what it started when it closes (`study/ba
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import random
 import shlex
@@ -16,18 +17,20 @@ import sys
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO
 
 from megatron_plasticity.config.study import StudyConfig
-from megatron_plasticity.errors import UserError
+from megatron_plasticity.errors import FolderHeld, UserError
 from megatron_plasticity.launch.command import launcher_program
 from megatron_plasticity.launch.environment import travelling
 from megatron_plasticity.launch.hostfile import Host, read_hostfile
+from megatron_plasticity.launch.preflight import PROBE, clock_check, findings_in, gpu_problems, same_code_check
+from megatron_plasticity.launch.probe import Question
 from megatron_plasticity.launch.remote import SSH_ARGUMENTS, SSH_OPTIONS, Answer, on_hosts
 from megatron_plasticity.study.backends import SECONDS_TO_STOP, Ended, Job, refuse
-from megatron_plasticity.study.backends.remote import NOT_SEEN, SECONDS_BETWEEN_SIGNS, order
+from megatron_plasticity.study.backends.remote import SECONDS_BETWEEN_SIGNS, order
 from megatron_plasticity.study.cell import is_launched
 from megatron_plasticity.study.places import Place, places_of
 from megatron_plasticity.study.plan import PlannedCell
@@ -36,6 +39,7 @@ from megatron_plasticity.study.recipes import study_device
 _FAR_END = "megatron_plasticity.study.backends.remote"
 _SSH_FAILED = 255
 _CHECK_SECONDS = 90.0
+_PORT_SECONDS = 5.0
 _FIRST_REST, _LONGEST_REST = 60.0, 3600.0
 
 
@@ -64,7 +68,8 @@ class RemoteJob:
             self.stop()
         if None in codes:
             return None
-        first = next((code for code in codes if code), 0)
+        # The others only tell that they were ended, or lost the one that was refused.
+        first = FolderHeld.exit_code if FolderHeld.exit_code in codes else next((code for code in codes if code), 0)
         failed = [code for code in codes if code]
         lost = bool(failed) and all(code == _SSH_FAILED for code in failed)
         self._ended = Ended(first, f"the connection to {self.place.name} was lost" if lost else None, lost)
@@ -108,6 +113,8 @@ class HostfileBackend:
     """Index of a place → when it may be used again, by `time.monotonic`."""
     _losses: dict[int, int] = field(default_factory=dict)
     """Index of a place → connections in a row that were lost."""
+    _addresses: dict[str, str] = field(default_factory=dict)
+    """Machine → the address by which it is reached: its own name may lead nowhere from another one."""
 
     @classmethod
     def of(cls, config: StudyConfig) -> HostfileBackend:
@@ -125,15 +132,27 @@ class HostfileBackend:
         )
 
     def check(self, folder: Path) -> None:
-        """Ask every machine whether it can be reached, has this project at this path, and sees the study's folder."""
-        hosts = list(dict.fromkeys(host.name for place in self.places for host in place.hosts))
+        """Ask every machine whether it can be reached, has this project at this path and the same versions as the others, sees
+        the study's folder, and has a GPU for each of its slots."""
+        slots: dict[str, tuple[int, ...]] = {}
+        for host in (host for place in self.places for host in place.hosts):
+            slots[host.name] = (*slots.get(host.name, ()), *host.slots)
         sign = folder.absolute() / f".seen-by-all-{uuid.uuid4().hex}"
         sign.write_text("shared\n", encoding="utf-8")
+        question = json.dumps(asdict(Question(output=str(folder.absolute()), token=str(sign))))
         try:
-            answers = on_hosts(hosts, _FAR_END, [str(sign)], seconds=_CHECK_SECONDS, over_ssh=True)
+            answers = on_hosts(list(slots), PROBE, given=question, seconds=_CHECK_SECONDS, over_ssh=True)
         finally:
             sign.unlink()
-        problems = [_problem(answer, folder) for answer in answers if not answer.ended_well]
+        found = findings_in(answers)
+        problems = [_problem(answer) for answer in answers if answer.host not in found]
+        problems += [_not_seen(name, folder) for name, there in found.items() if not there.sees_token]
+        if found:
+            problems += same_code_check(found).problems
+            problems += clock_check(found, {answer.host: answer.at for answer in answers}).problems
+        if found and self.with_gpus:
+            problems += gpu_problems([Host(name, slots[name]) for name in found], found)
+        self._addresses = {name: there.addresses[0] for name, there in found.items() if there.addresses}
         refuse(f"{self.hostfile}: these machines cannot carry out runs of the study", problems)
 
     def adopt(self, cells: Sequence[PlannedCell]) -> list[Job]:
@@ -177,7 +196,7 @@ class HostfileBackend:
     def _start(self, place: Place, cell: PlannedCell) -> RemoteJob:
         launched = is_launched(cell.kind, self.processes_per_run)
         hosts = place.hosts if launched else place.hosts[:1]
-        port = str(random.randint(20000, 29999))  # of the first machine, which we cannot ask
+        port = str(_port_on(hosts[0]) if len(hosts) > 1 else 0)
         connections = []
         with (cell.folder / "log").open("ab") as log:
             for rank, host in enumerate(hosts):
@@ -203,7 +222,7 @@ class HostfileBackend:
             "--include", "@".join(host.name for host in place.hosts),
             "--no_ssh",
             "--node_rank", str(rank),
-            "--master_addr", place.hosts[0].name,
+            "--master_addr", self._addresses.get(place.hosts[0].name, place.hosts[0].name),
             "--master_port", port,
             "--module", "megatron_plasticity", cell.kind, str(cell.folder / "config.yaml"),
         ]  # fmt: skip
@@ -234,10 +253,21 @@ class HostfileBackend:
         return connection
 
 
-def _problem(answer: Answer, folder: Path) -> str:
+def _port_on(host: Host) -> int:
+    """A port that is free on a machine, as far as it says so soon: the signs of life to other machines must not wait long."""
+    first, second = random.sample(range(20000, 30000), 2)
+    question = json.dumps(asdict(Question(port=first)))
+    answers = on_hosts([host.name], PROBE, given=question, seconds=_PORT_SECONDS, over_ssh=True)
+    there = findings_in(answers).get(host.name)
+    return second if there is not None and there.port_problem is not None else first
+
+
+def _not_seen(host: str, folder: Path) -> str:
+    return f"{host}: does not see {folder.absolute()}; the study's `output` must lie on a disk that all machines share"
+
+
+def _problem(answer: Answer) -> str:
     host = answer.host
-    if answer.exit_code == NOT_SEEN:
-        return f"{host}: does not see {folder.absolute()}; the study's `output` must lie on a disk that all machines share"
     if answer.exit_code in (_SSH_FAILED, None):
         return f"{host}: cannot be reached by ssh without a password: {answer.complaint}; try `ssh {host} hostname`"
     here = f"{sys.executable} with this project in {Path.cwd()}"

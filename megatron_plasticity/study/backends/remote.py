@@ -18,7 +18,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 
 SECONDS_BETWEEN_SIGNS = 5.0
 SECONDS_UNTIL_ALONE = 45.0
@@ -37,16 +36,8 @@ def order(command: Sequence[str], folder: str, environment: Mapping[str, str], s
     return json.dumps(content).encode() + b"\n"
 
 
-NOT_SEEN = 3
-
-
 def main() -> int:
-    """Run what the first line of stdin says; its exit code, where a signal n is 128 + n as in a shell.
-
-    With a file as argument, only say whether it can be seen here: 0 or NOT_SEEN.
-    """
-    if len(sys.argv) > 1:
-        return 0 if Path(sys.argv[1]).is_file() else NOT_SEEN
+    """Run what the first line of stdin says; its exit code, where a signal n is 128 + n as in a shell."""
     line = sys.stdin.buffer.readline()
     if not line.strip():
         return 0

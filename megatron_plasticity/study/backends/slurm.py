@@ -20,6 +20,7 @@ from typing import Any
 from megatron_plasticity.config.files import write_json_atomic, write_text_atomic
 from megatron_plasticity.config.study import ResourcesConfig, StudyConfig
 from megatron_plasticity.errors import UserError
+from megatron_plasticity.launch.slurm import directives
 from megatron_plasticity.study.backends import Ended, Job
 from megatron_plasticity.study.backends.slurm_queue import Element, Finished, InQueue, SlurmIsAway, SlurmQueue
 from megatron_plasticity.study.cell import is_launched
@@ -273,7 +274,7 @@ class SlurmBackend:
             "account": slurm.account,
             "mem": slurm.memory,
         }
-        lines = [f"#SBATCH --{key}={shlex.quote(value)}" for key, value in options.items() if value is not None]
+        lines = directives({key: value for key, value in options.items() if value is not None})
         lines += [f"#SBATCH {option}" for option in ("--requeue", *slurm.options)]
         element = [sys.executable, "-m", "megatron_plasticity.study.backends.slurm_element", str(listing)]
         body = [

@@ -17,6 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from megatron_plasticity.errors import TimeLimitTooShort
+from megatron_plasticity.launch.kept import kept
+from megatron_plasticity.launch.slurm import STEP_OPTIONS, meeting_place
+
 _RESTING = 0.2
 
 
@@ -45,15 +49,15 @@ def main() -> int:
     signal.signal(signal.SIGTERM, cancelled)
     attempt = int(os.environ.get("SLURM_RESTART_COUNT", "0")) + 1
     print(f"attempt {attempt} of job {_own_name()} on {os.environ.get('SLURM_JOB_NODELIST', 'this machine')}", flush=True)
-    before = _kept(folder)
+    before = kept(folder)
     process = _start(folder, listing["launched"])
     code = _wait(process, told, launched=listing["launched"])
     if code == 0 or told.cancelled or not told.time_is_up:
         return code
-    if _kept(folder) == before:
+    if set(kept(folder)) <= set(before):
         # It would go round for ever.
         print("error: the time limit came before anything was kept: raise resources.slurm.time", file=sys.stderr, flush=True)
-        return code
+        return TimeLimitTooShort.exit_code
     if subprocess.run(["scontrol", "requeue", _own_name()]).returncode:
         print("error: saved before the time limit, but Slurm does not queue it again", file=sys.stderr, flush=True)
         return code
@@ -64,17 +68,9 @@ def main() -> int:
 def _start(folder: Path, launched: bool) -> subprocess.Popen[bytes]:
     if not launched:
         return subprocess.Popen([sys.executable, "-m", "megatron_plasticity.study.cell", str(folder)])
-    environment = dict(os.environ)
-    nodes = subprocess.run(
-        ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True
-    )
-    environment["MASTER_ADDR"] = nodes.stdout.split()[0]
-    environment["MASTER_PORT"] = str(20000 + int(environment["SLURM_JOB_ID"]) % 10000)
-    if "SLURM_CPUS_PER_TASK" in environment:  # srun does not take it from sbatch any more
-        environment["SRUN_CPUS_PER_TASK"] = environment["SLURM_CPUS_PER_TASK"]
     kind = folder.name.split("-", 1)[0]
     ranks = [sys.executable, "-m", "megatron_plasticity", kind, str(folder / "config.yaml")]
-    return subprocess.Popen(["srun", "--kill-on-bad-exit=1", *ranks], env=environment)
+    return subprocess.Popen(["srun", *STEP_OPTIONS, *ranks], env={**os.environ, **meeting_place(os.environ)})
 
 
 def _wait(process: subprocess.Popen[bytes], told: _Told, launched: bool) -> int:
@@ -88,12 +84,6 @@ def _wait(process: subprocess.Popen[bytes], told: _Told, launched: bool) -> int:
         time.sleep(_RESTING)
     code = process.wait()
     return 128 - code if code < 0 else code
-
-
-def _kept(folder: Path) -> list[tuple[str, int]]:
-    """What a run can go on from: checkpoints of training, and responses of an evaluation."""
-    found = [*folder.glob("checkpoints/step-*"), *folder.glob("responses/*")]
-    return sorted((path.name, path.stat().st_size) for path in found)
 
 
 def _own_name() -> str:
