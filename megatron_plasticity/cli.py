@@ -35,12 +35,13 @@ class Verb:
 
 
 def _plan_options(command: argparse.ArgumentParser) -> None:
+    command.usage = f"{PROGRAM} plan CONFIG [KEY.PATH=VALUE …] [options]"
     command.add_argument("--gpus", type=int, nargs="+", default=[8], metavar="N", help="numbers of GPUs to plan for (default: 8)")
     command.add_argument("--gpu", default="h100", metavar="NAME", help="kind of GPU: h100, h200 or a100 (default: h100)")
     command.add_argument("--memory", type=float, metavar="GIB", help="memory of one GPU (default: that of its kind)")
     command.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="GPUs with fast links among them (default: 8)")
     command.add_argument("--network", type=float, default=400.0, metavar="GBIT", help="Gbit/s per GPU among nodes (default: 400)")
-    command.add_argument("--mfu", type=float, help="assume this share of the peak FLOP/s instead of predicting times")
+    command.add_argument("--mfu", type=float, help="assume this share of the peak instead of predicting")
     command.add_argument("--assumptions", action="store_true", help="print every figure that predicted times rest on")
 
 

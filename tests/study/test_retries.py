@@ -11,13 +11,14 @@ from pathlib import Path
 import pytest
 
 from megatron_plasticity.config.study import StudyConfig
+from megatron_plasticity.data.stream import corpus_hash
 from megatron_plasticity.errors import FolderHeld, TimeLimitTooShort, UserError
 from megatron_plasticity.study import runner
 from megatron_plasticity.study.backends import Ended
+from megatron_plasticity.study.check import check_study
 from megatron_plasticity.study.plan import PlannedCell, plan_study
 from megatron_plasticity.study.retries import Failure, explain
 from megatron_plasticity.study.runner import run_study
-from megatron_plasticity.study.status import read_status
 from megatron_plasticity.tracking.run_folder import RunFolder
 from tests.study.machines import counting_study, fake_ssh, stand_in_runs
 
@@ -32,7 +33,7 @@ error: the deepspeed launcher ended with exit code 73; what the ranks said is ab
 
 
 def first_cell(config: StudyConfig) -> PlannedCell:
-    cell = plan_study(config, "h").cells[0]
+    cell = plan_study(config, corpus_hash(check_study(config)[0].data)).cells[0]
     RunFolder.create(cell.folder.parent, cell.kind, cell.name, cell.config, cell.inputs)
     return cell
 
@@ -82,9 +83,7 @@ def test_a_run_that_another_process_of_this_machine_has_is_left_to_it(
     (tmp_path / "hosts").write_text("one slots=2\n")
     resources = {"backend": "hostfile", "hostfile": str(tmp_path / "hosts"), "retries": 0}
     config, go = counting_study(tmp_path, tiny_corpus, {"resources": resources}), tmp_path / "go"
-    from megatron_plasticity.data.stream import corpus_hash
-
-    folder = first_cell_of(config, corpus_hash(config_data(config)))
+    folder = first_cell(config).folder
     if not seen_before:  # it came between the look and the start
         monkeypatch.setattr(runner, "_held_elsewhere", lambda cell: None)
     holder = subprocess.Popen([sys.executable, "-c", _HOLDER, folder, go], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -93,17 +92,11 @@ def test_a_run_that_another_process_of_this_machine_has_is_left_to_it(
     seen = []
 
     def watch() -> None:
-        while not any(cell.status == "done" for cell in statuses(config)):
+        while not any(RunFolder(path.parent).is_done for path in folder.parent.glob("*/state.json")):
             time.sleep(0.1)
-        time.sleep(3.0)
+        time.sleep(1.0)
         seen.append(RunFolder(folder).state)
         go.touch()
-
-    def statuses(config: StudyConfig) -> list[object]:
-        try:
-            return list(read_status(config.output / config.name).cells)
-        except UserError:
-            return []
 
     threading.Thread(target=watch, daemon=True).start()
     outcome = run_study(config)
