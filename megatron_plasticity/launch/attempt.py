@@ -26,7 +26,7 @@ from megatron_plasticity.launch.remote import SSH_ARGUMENTS, SSH_OPTIONS, SSH_SE
 from megatron_plasticity.training.signals import StopSignal
 
 _SECONDS_BETWEEN_LOOKS = 0.5
-# What a rank ends with that was told to end: by a signal, or because another rank is gone.
+# What a rank ends with that was told to end by a signal, or because another rank is gone.
 _TOLD_TO_END = {*(128 + number for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)), LostProcess.exit_code}
 _SSH_FAILED = 255
 
@@ -46,7 +46,8 @@ class Outcome:
     def first_to_fail(self) -> RankRecord | None:
         """The rank that failed by itself, the first if there are several; None where none could say so."""
         failed = [record for record in self.records if record.exit_code not in (None, 0, *_TOLD_TO_END)]
-        return min(failed, key=lambda record: record.ended or 0.0, default=None)
+        # Clocks of two machines differ; who ended because of another knows it.
+        return min(failed, key=lambda record: (record.because_of_another, record.ended or 0.0), default=None)
 
     @property
     def without_a_word(self) -> list[int]:

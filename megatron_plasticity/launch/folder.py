@@ -39,6 +39,8 @@ class RankRecord:
     """None while it runs, and for one that was killed."""
     ended: float | None = None
     """Unix seconds."""
+    because_of_another: bool = False
+    """Whether it ended, with the other's exit code, because another rank had failed or was gone."""
 
 
 @dataclass(frozen=True)

@@ -125,8 +125,10 @@ class Links:
     def __post_init__(self) -> None:
         if self.gpus_per_node < 1:
             raise UserError(f"--gpus-per-node {self.gpus_per_node}: a node has at least one GPU")
-        if not (self.network_gigabits >= 0 and math.isfinite(self.network_gigabits)):
-            raise UserError(f"--network {self.network_gigabits:g}: gigabits per second and GPU between nodes, such as 400")
+        if not (self.network_gigabits > 0 and math.isfinite(self.network_gigabits)):
+            raise UserError(
+                f"--network {self.network_gigabits:g}: gigabits per second and GPU between nodes, above 0, such as 400"
+            )
 
     @property
     def network(self) -> float:
@@ -142,7 +144,7 @@ class Host:
     hook_seconds: float = _figure(
         "s",
         "each time that ZeRO 3 stops at a module",
-        "our assumption; 0.15 ms on one 2.6 GHz core (tools/bench/step_time.py)",
+        "our assumption; about 0.12 ms on one 2.6 GHz core",
         1e-4,
     )
     micro_batch_seconds: float = _figure("s", "of DeepSpeed's engine and ours per micro-batch", _GUESS, 1e-3)

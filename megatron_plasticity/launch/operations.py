@@ -136,12 +136,23 @@ def volume(kind: Collective, size: float, ranks: int) -> float:
 
 @dataclass(frozen=True)
 class Kernels:
-    """Which kernels the model runs as: what is fused touches memory once."""
+    """Which kernels the model runs as: what is fused touches memory once. What is not runs as PyTorch's kernels one by one, of
+    which RMSNorm, attention and AdamW are fused in any case."""
 
-    fused: bool = False
-    """Whether norm and residual, rotary embedding, SwiGLU, the loss, and the projections that share an input run as one kernel
-    each (`torch.compile`, Liger, Transformer Engine). False is what our code runs: PyTorch's own kernels one by one, of which
-    RMSNorm, attention and AdamW are fused."""
+    blocks: bool = False
+    """Norm and residual, rotary embedding, SwiGLU: one kernel each, as `engine.compile` makes them."""
+    loss: bool = False
+    """The loss reads the logits once, and once more to turn them into their gradient (Liger, apex). Ours does not."""
+    projections: bool = False
+    """Projections that share an input are one product. Ours are not."""
+
+    @classmethod
+    def of(cls, recipe: TrainingRecipe) -> Kernels:
+        """Those of our code."""
+        return cls(blocks=recipe.engine.compile)
+
+
+FUSED = Kernels(blocks=True, loss=True, projections=True)
 
 
 @dataclass(frozen=True)
@@ -174,7 +185,7 @@ def step_work(
     for stage, layers in enumerate(stage_layers(model, recipe.parallel)):
         kind = (len(layers), stage == 0, stage == recipe.parallel.pipeline - 1)
         if kind not in alike:
-            alike[kind] = _Stage(model, recipe, data_parallel_size, stage, len(layers), kernels or Kernels()).work()
+            alike[kind] = _Stage(model, recipe, data_parallel_size, stage, len(layers), kernels or Kernels.of(recipe)).work()
         found.append(alike[kind])
     return found
 
@@ -281,12 +292,12 @@ class _Stage:
     def _norm_forward(self) -> list[Work]:
         count = self.residual_tokens * self.model.hidden_size
         # Fused, the norm reads the two addends of the residual stream and writes their sum as well.
-        return [Sweep("norm", count * self.element * (4 if self.kernels.fused else 2), 1, count, self.model.hidden_size)]
+        return [Sweep("norm", count * self.element * (4 if self.kernels.blocks else 2), 1, count, self.model.hidden_size)]
 
     def _norm_backward(self) -> list[Work]:
         """One kernel reads gradient and input and writes the input's gradient, one reads both for the gain's."""
         count = self.residual_tokens * self.model.hidden_size
-        each = self.element * (6 if self.kernels.fused else 5)
+        each = self.element * (6 if self.kernels.blocks else 5)
         work: list[Work] = [Sweep("norm backward", count * each, 2, count, self.model.hidden_size)]
         if self.sequence:
             work.append(Exchange("all_reduce", "tensor", FP32 * self.model.hidden_size))
@@ -295,7 +306,7 @@ class _Stage:
     def _residual_add(self) -> list[Work]:
         """Forwards the sum, backwards that of the two gradients."""
         count = self.residual_tokens * self.model.hidden_size
-        return [] if self.kernels.fused else [self._add(count)]
+        return [] if self.kernels.blocks else [self._add(count)]
 
     def _add(self, numbers: int) -> Sweep:
         return Sweep("add", 3 * self.element * numbers, 1, numbers)
@@ -319,7 +330,7 @@ class _Stage:
         """Forwards a roll, two products with fp32 tables, their sum, and back to the model's numbers; backwards the same in
         reverse, with the gradient of each product cast by itself. What PyTorch's kernels read and write per number."""
         element, name = self.element, f"rotary{' backward' if backward else ''}"
-        if self.kernels.fused:
+        if self.kernels.blocks:
             return Sweep(name, 2 * element * self.tokens * width, 1, self.tokens * width, width)
         cast = element + FP32 if element < FP32 else 0
         if backward:
@@ -335,13 +346,13 @@ class _Stage:
     def _swiglu(self, backward: bool) -> Sweep:
         """SiLU and product; backwards two products and SiLU's gradient."""
         count = self.tokens * self.mlp
-        each, kernels = ((5, 1) if backward else (3, 1)) if self.kernels.fused else ((9, 3) if backward else (5, 2))
+        each, kernels = ((5, 1) if backward else (3, 1)) if self.kernels.blocks else ((9, 3) if backward else (5, 2))
         return Sweep(f"swiglu{' backward' if backward else ''}", each * self.element * count, kernels, count, self.mlp)
 
     # --- Projections, and what tensor-parallel ranks exchange around them (`parallel/tensor.py`).
 
     def _columns_forward(self, widths: Sequence[int]) -> list[Work]:
-        widths = (sum(widths),) if self.kernels.fused else widths
+        widths = (sum(widths),) if self.kernels.projections else widths
         products = [Matmul(self.tokens, width, self.model.hidden_size, self.element) for width in widths]
         return [*self._gather_sequence(), *products]
 
@@ -349,7 +360,7 @@ class _Stage:
         """The gradients of the input, summed over the projections that share it, and of the weights. With tensor parallelism
         the exchange of the first runs beside the products of the second."""
         hidden = self.model.hidden_size
-        widths = (sum(widths),) if self.kernels.fused else widths
+        widths = (sum(widths),) if self.kernels.projections else widths
         of_input: list[Work] = [Matmul(self.tokens, hidden, width, self.element, "input") for width in widths]
         of_input += [self._add(self.tokens * hidden)] * (len(widths) - 1)
         of_weights: list[Work] = [Matmul(width, hidden, self.tokens, self.element, "weight") for width in widths]
@@ -415,7 +426,7 @@ class _Stage:
         """Logits, and their log-sum-exp: a cast to fp32, maximum, difference, exponential and sum."""
         head = Matmul(self.tokens, self.vocabulary, self.model.hidden_size, self.element)
         cast = self.element + FP32 if self.element < FP32 else 0
-        each, kernels = (self.element, 1) if self.kernels.fused else (cast + 6 * FP32, 6)
+        each, kernels = (self.element, 1) if self.kernels.loss else (cast + 6 * FP32, 6)
         loss = Sweep("loss", each * self._logits, kernels * self._loss_pieces, self._logits, self.vocabulary)
         work: list[Work] = [*self._gather_sequence(), head, loss]
         if self.tensor > 1:
@@ -428,7 +439,7 @@ class _Stage:
     def _head_backward(self) -> list[Work]:
         """The logits' gradient: a cast, difference, exponential, product, and a cast back; then through the head."""
         cast = self.element + FP32 if self.element < FP32 else 0
-        each, kernels = (2 * self.element, 1) if self.kernels.fused else (2 * max(cast, FP32) + 6 * FP32, 6)
+        each, kernels = (2 * self.element, 1) if self.kernels.loss else (2 * max(cast, FP32) + 6 * FP32, 6)
         gradient = Sweep("loss backward", each * self._logits, kernels * self._loss_pieces, self._logits, self.vocabulary)
         return [gradient, *self._columns_backward((self.vocabulary,))]
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_plasticity.errors import UserError
+from megatron_plasticity.errors import LostProcess, UserError
 from megatron_plasticity.launch.folder import LaunchFolder, RankRecord
 from megatron_plasticity.launch.slurm import check_meeting_place, rank_environment
 from megatron_plasticity.tracking.process import host_name, process_start
@@ -56,13 +56,14 @@ def launched_rank(environment: MutableMapping[str, str], *, trains: bool = False
     if (number := folder.stop_signal) is not None:
         print(f"error (rank {rank}): stopped before it began", file=sys.stderr, flush=True)
         sys.exit(128 + number)
-    code = 1
+    code, because_of_another = 1, False
     try:
         yield
         code = 0
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 0 if ended.code is None else 1
+        because_of_another = isinstance(ended.__context__, LostProcess)  # which cli.py has explained
         raise
     finally:
         with suppress(OSError, UserError):  # the exit code itself matters more
-            folder.record(replace(record, exit_code=code, ended=time.time()))
+            folder.record(replace(record, exit_code=code, ended=time.time(), because_of_another=because_of_another))

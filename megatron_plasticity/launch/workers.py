@@ -15,13 +15,14 @@ import threading
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 from megatron_plasticity.errors import UserError
-from megatron_plasticity.training.signals import raise_interrupted_on_signals
+from megatron_plasticity.training.signals import SIGNALS, raise_interrupted_on_signals
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -50,12 +51,23 @@ def start_worker(
 
     Exit code: 0; that of a UserError, whose text goes to the log; 1 for anything else, with the traceback in the log.
     SIGTERM raises Interrupted inside the job, unless the job listens to signals itself. A worker ends itself when its parent is
-    gone.
+    gone. Raises UserError if there is no process to start it.
     """
     process = context.Process(  # type: ignore[attr-defined]
         target=_work, args=(target, arguments, str(log), threads, dict(environment or {})), name=name
     )
-    process.start()
+    # A Ctrl-C in the terminal reaches the fork server, and a worker until it has a process group of its own: both start deaf. The
+    # resource tracker is there before, since starting it would unblock the signals.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        process.start()
+    except EOFError:
+        raise UserError(
+            f"{name}: could not be started: the process that starts workers was killed; if memory is short, lower resources.slots"
+        ) from None
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return process
 
 
@@ -72,6 +84,7 @@ def _work(target: Callable[..., Any], arguments: tuple[Any, ...], log: str, thre
 
     torch.set_num_threads(threads)
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
         target(*arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)

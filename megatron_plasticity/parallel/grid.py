@@ -200,7 +200,7 @@ def _local_rank(device: torch.device) -> Iterator[None]:
     """DeepSpeed insists on LOCAL_RANK, launcher or not, and takes it for the number of the GPU, which it is not where each
     process sees one GPU alone. Others take it for the sign of a launcher, so it does not stay."""
     before = os.environ.get("LOCAL_RANK")
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         os.environ["LOCAL_RANK"] = str(device.index)
     os.environ.setdefault("LOCAL_RANK", "0")
     try:

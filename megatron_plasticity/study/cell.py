@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
-import signal
 import subprocess
 import sys
 import traceback
@@ -18,6 +16,7 @@ from pathlib import Path
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.launch.command import deepspeed_command
 from megatron_plasticity.study.backends import SECONDS_TO_STOP
+from megatron_plasticity.study.backends.remote import order
 from megatron_plasticity.study.jobs import LAUNCHED_KINDS, job_for
 from megatron_plasticity.tracking.progress import NoProgress
 from megatron_plasticity.tracking.run_folder import RunFolder
@@ -42,13 +41,7 @@ def run_cell(folder: Path, processes: int = 1, devices: Sequence[str] = ()) -> N
     if not is_launched(run.kind, processes):
         job_for(run.kind)(run.config, NoProgress())
         return
-    # A session of its own, so that launcher and ranks can be reached together.
-    launcher = subprocess.Popen(deepspeed_command(run.kind, folder / "config.yaml", processes, devices), start_new_session=True)
-    try:
-        exit_code = launcher.wait()
-    except BaseException:
-        stop_group(launcher)
-        raise
+    exit_code = _run_guarded(deepspeed_command(run.kind, folder / "config.yaml", processes, devices))
     if exit_code:
         raise LaunchFailed(exit_code)
 
@@ -58,15 +51,21 @@ def is_launched(kind: str, processes: int) -> bool:
     return processes > 1 and kind in LAUNCHED_KINDS
 
 
-def stop_group(process: subprocess.Popen[bytes], seconds: float = SECONDS_TO_STOP) -> None:
-    """Let a process that leads a session, and every process in it, save and end; what does not end in time is killed."""
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+def _run_guarded(command: Sequence[str]) -> int:
+    """Run a command and all that it starts; returns its exit code. When this process is told to end they save and end, or are
+    killed; they do so too if it is killed itself, since the guard (`study/backends/remote.py`) sees the end of its pipe."""
+    guard = subprocess.Popen(
+        [sys.executable, "-m", "megatron_plasticity.study.backends.remote"], stdin=subprocess.PIPE, start_new_session=True
+    )
+    assert guard.stdin is not None
+    try:
+        with contextlib.suppress(BrokenPipeError):  # its exit code says that it has failed
+            guard.stdin.write(order(command, str(Path.cwd()), {}, SECONDS_TO_STOP, signs=False))
+            guard.stdin.flush()
+        return guard.wait()
+    finally:
+        guard.stdin.close()
+        guard.wait()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -23,7 +23,7 @@ from megatron_plasticity.data.prepare import read_manifest
 from megatron_plasticity.data.stream import corpus_hash
 from megatron_plasticity.errors import Interrupted, UserError
 from megatron_plasticity.launch.plan import Machine, decimal
-from megatron_plasticity.study.backends import SECONDS_TO_STOP, Backend, Job
+from megatron_plasticity.study.backends import SECONDS_TO_STOP_ALL, Backend, Job
 from megatron_plasticity.study.backends.hostfile import HostfileBackend
 from megatron_plasticity.study.backends.local import LocalBackend, gpu_gibibytes, run_alone, study_workers
 from megatron_plasticity.study.backends.slurm import SlurmBackend
@@ -344,7 +344,7 @@ class _Runner:
             return
         for attempt in self.running.values():
             if attempt.given_up is not None:
-                if time.monotonic() - attempt.given_up > SECONDS_TO_STOP:
+                if time.monotonic() - attempt.given_up > SECONDS_TO_STOP_ALL:
                     attempt.job.kill()
             elif attempt.silent_for() > 60 * minutes:
                 attempt.given_up = time.monotonic()
@@ -378,7 +378,7 @@ class _Runner:
         jobs = [attempt.job for attempt in self.running.values()]
         for job in jobs:
             job.stop()
-        deadline = time.monotonic() + SECONDS_TO_STOP
+        deadline = time.monotonic() + SECONDS_TO_STOP_ALL
         while (left := [job for job in jobs if job.ended() is None]) and time.monotonic() < deadline:
             self.backend.wait(left, 0.1)
         for job in left:

@@ -54,6 +54,13 @@ def test_the_exit_code_says_what_went_wrong_first(
     assert Outcome(launcher_code, records, 2, stopped_by).exit_code == expected
 
 
+def test_a_rank_that_ends_because_of_another_is_not_blamed() -> None:
+    """Although the clock of its machine is behind."""
+    followed = RankRecord(0, "node1", 1000, None, 2, 3.0, because_of_another=True)
+    assert Outcome(2, [followed, record(1, 2, 4.0)], 2).first_to_fail == record(1, 2, 4.0)
+    assert Outcome(2, [followed, record(1, None)], 2).exit_code == 2
+
+
 def test_what_a_remote_shell_would_take_apart_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "with space"
     folder.mkdir()

@@ -24,6 +24,7 @@ from megatron_plasticity.errors import ConfigError, UserError
 from megatron_plasticity.launch.cost import StepTime, step_time
 from megatron_plasticity.launch.hardware import A100, H100, H200, Group, Hardware, Host, Links, assumptions, device_named
 from megatron_plasticity.launch.operations import (
+    FUSED,
     Attention,
     Axis,
     Exchange,
@@ -118,7 +119,7 @@ def test_flops_are_those_of_the_model(family: Family, data: int, layout: dict[st
 def test_fused_kernels_multiply_as_much() -> None:
     model, config = small("olmo2"), recipe()
     counted = []
-    for kernels in (Kernels(False), Kernels(True)):
+    for kernels in (Kernels(), FUSED):
         stage = step_work(model, config, 1, kernels)[0]
         work = list(operations((*stage.forward, *stage.backward)))
         products = sum(item.flops for item in work if isinstance(item, Matmul))
@@ -126,6 +127,15 @@ def test_fused_kernels_multiply_as_much() -> None:
     assert counted[0][0] == counted[1][0]
     assert counted[1][1] < 0.6 * counted[0][1]
     assert counted[1][2] < counted[0][2]
+
+
+def test_compiled_blocks_take_less_memory_traffic() -> None:
+    model, plain = small(), recipe()
+    compiled = plain.model_copy(update={"engine": plain.engine.model_copy(update={"compile": True})})
+    single, fused = (step_time(model, config, 1, Hardware()) for config in (plain, compiled))
+    assert (single.matmul, single.attention) == (fused.matmul, fused.attention)
+    assert fused.memory < single.memory
+    assert fused == step_time(model, plain, 1, Hardware(), Kernels(blocks=True))
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -359,8 +369,8 @@ def test_twice_the_gpus_halve_an_ideal_step(load: Callable[..., PretrainConfig],
 
 def test_no_link_no_step(load: Callable[..., PretrainConfig]) -> None:
     config = load()
-    assert step_time(config.model, config, 16, Hardware(links=Links(network_gigabits=0.0))).total == math.inf
-    assert step_time(config.model, config, 8, Hardware(links=Links(network_gigabits=0.0))).total < math.inf
+    assert step_time(config.model, config, 16, Hardware(links=Links(network_share=0.0))).total == math.inf
+    assert step_time(config.model, config, 8, Hardware(links=Links(network_share=0.0))).total < math.inf
 
 
 def test_better_hardware_is_never_slower(load: Callable[..., PretrainConfig]) -> None:
@@ -402,7 +412,7 @@ def test_bad_hardware_is_one_message() -> None:
         device_named("v100")
     with pytest.raises(UserError, match="--gpus-per-node 0"):
         Links(gpus_per_node=0)
-    for bad in (-1.0, math.nan, math.inf):
+    for bad in (-1.0, 0.0, math.nan, math.inf):
         with pytest.raises(UserError, match="--network"):
             Links(network_gigabits=bad)
 

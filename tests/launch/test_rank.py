@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_plasticity.errors import UserError
+from megatron_plasticity.errors import LostProcess, UserError
 from megatron_plasticity.launch.folder import LaunchFolder, RankRecord, sweep
 from megatron_plasticity.launch.rank import LAUNCH_FOLDER, launched_rank
 from megatron_plasticity.launch.slurm import check_meeting_place, rank_environment
@@ -39,6 +39,17 @@ def test_a_good_end_is_zero(tmp_path: Path, ending: int | None) -> None:
     with pytest.raises(SystemExit), launched_rank({LAUNCH_FOLDER: str(folder.path), "RANK": "0"}):
         sys.exit(ending)
     assert folder.records()[0].exit_code == 0
+
+
+def test_a_rank_says_that_it_ended_because_of_another(tmp_path: Path) -> None:
+    folder = LaunchFolder.create(tmp_path / "launch", {})
+    with pytest.raises(SystemExit), launched_rank({LAUNCH_FOLDER: str(folder.path), "RANK": "0"}):
+        try:
+            raise LostProcess("rank 1 on node2: no such file", 2)
+        except UserError as error:  # as cli.py does
+            sys.exit(error.exit_code)
+    (ended,) = folder.records()
+    assert (ended.exit_code, ended.because_of_another) == (2, True)
 
 
 def test_a_defect_is_one(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_plasticity.launch.slurm import BODY
+from megatron_plasticity.launch.slurm import BODY, STEP_OPTIONS
 
 
 def call(repository: Path, folder: Path, *arguments: str, name: str = "deepspeed") -> subprocess.CompletedProcess[str]:
@@ -76,6 +76,7 @@ def test_the_slurm_script_ends_as_the_one_that_launch_writes(repository: Path) -
     """Whose behaviour tests/launch/test_slurm.py shows."""
     script = (repository / "launch_scripts" / "slurm.sbatch").read_text()
     assert script.endswith(BODY)
+    assert f"srun {' '.join(STEP_OPTIONS)} " in BODY, "as in a study"
     assert "#SBATCH --signal=B:USR1@300" in script
 
 

@@ -3,6 +3,7 @@
 Every element of an array is a process of its own that runs the batch script. What is known of it is one file in FAKE_SLURM/jobs.
 Files in FAKE_SLURM change how it behaves: `away` makes the controller unreachable, `no-accounting` sacct useless, `limit` holds
 the seconds after which a first attempt gets the signal that its script asks for, and `die` the state in which first attempts end.
+`room` holds the number of jobs that a user may have.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ def sbatch(arguments: list[str]) -> int:
     job = str(100 + len(list(STATE.glob("submitted-*"))))
     (STATE / f"submitted-{job}").write_text(script.read_text())
     first, last = map(int, options["array"].partition("%")[0].split("-"))
+    room = STATE / "room"
+    if room.exists() and last + 1 + sum(info["state"] in ("PENDING", "RUNNING") for info in known().values()) > int(room.read_text()):
+        sys.stderr.write("sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job violates ")
+        sys.stderr.write("accounting/QOS policy (job submit limit, user's size and/or time limits)\n")
+        return 1
     for index in range(first, last + 1):
         write(f"{job}_{index}", {"state": "PENDING", "name": options["job-name"], "script": str(script), "attempt": 1})
         start(f"{job}_{index}")

@@ -113,8 +113,8 @@ def test_a_run_that_gets_on_has_all_its_attempts_again(tmp_path: Path, tiny_corp
 def test_a_run_that_hangs_is_ended_and_tried_again(
     tmp_path: Path, tiny_corpus: Path, ssh_log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runner, "SECONDS_TO_STOP", 0.2)
-    monkeypatch.setattr(hostfile_module, "SECONDS_TO_STOP", 0.2)
+    monkeypatch.setattr(runner, "SECONDS_TO_STOP_ALL", 0.2)
+    monkeypatch.setattr(hostfile_module, "SECONDS_TO_STOP_REMOTELY", 0.2)
     behave(tmp_path, _0="hangs")
     outcome = run_study(study(tmp_path, tiny_corpus, {"resources": {"silent_minutes": 0.05}}))
     assert outcome.failed == {}

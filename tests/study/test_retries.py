@@ -19,6 +19,7 @@ from megatron_plasticity.study.check import check_study
 from megatron_plasticity.study.plan import PlannedCell, plan_study
 from megatron_plasticity.study.retries import Failure, explain
 from megatron_plasticity.study.runner import run_study
+from megatron_plasticity.tracking.process import process_start
 from megatron_plasticity.tracking.run_folder import RunFolder
 from tests.study.machines import counting_study, fake_ssh, stand_in_runs
 
@@ -64,6 +65,7 @@ def test_what_may_pass(tmp_path: Path, tiny_corpus: Path, code: int, text: str, 
 _HOLDER = """
 import sys, time
 from pathlib import Path
+from megatron_plasticity.tracking.process import process_start
 from megatron_plasticity.tracking.run_folder import RunFolder
 folder, go = map(Path, sys.argv[1:])
 with RunFolder(folder).running():
@@ -108,3 +110,27 @@ def test_a_run_that_another_process_of_this_machine_has_is_left_to_it(
     said = capfd.readouterr().err
     assert said.count(f"pretrain-wd0 waits: {'process' if seen_before else folder}") == 1
     assert f"process {holder.pid} on" in said
+
+
+_GUARDED = """
+import subprocess, sys, time
+from megatron_plasticity.study.cell import _run_guarded
+# As DeepSpeed's launcher: one that starts the launcher of a machine, which starts a rank; the first ends at once on SIGTERM.
+rank = "import os, signal, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(0.5), open(%r, 'w').close(), os._exit(0)))"
+rank = (rank % sys.argv[1]) + "; print(os.getpid(), flush=True); time.sleep(600)"
+launcher = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {rank!r}])"
+sys.exit(_run_guarded([sys.executable, "-c", launcher]))
+"""
+
+
+def test_ranks_save_and_end_with_a_worker_that_is_killed(tmp_path: Path) -> None:
+    worker = subprocess.Popen([sys.executable, "-c", _GUARDED, tmp_path / "saved"], stdout=subprocess.PIPE)
+    assert worker.stdout is not None
+    rank = int(worker.stdout.readline())
+    worker.kill()
+    worker.wait()
+    deadline = time.monotonic() + 20
+    while process_start(rank) is not None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert process_start(rank) is None
+    assert (tmp_path / "saved").is_file(), "it had time to save, although the launcher was gone before it"

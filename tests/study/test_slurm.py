@@ -225,3 +225,70 @@ def test_slurm_that_does_not_answer(tmp_path: Path, tiny_corpus: Path, queue: Pa
     (queue / "away").touch()
     with pytest.raises(UserError, match=r"Slurm does not answer: .*Unable to contact slurm controller"):
         run_study(study(tmp_path, tiny_corpus))
+
+
+@pytest.mark.parametrize("accounting", [True, False])
+def test_a_limit_too_short_for_a_first_checkpoint_is_not_tried_again(
+    tmp_path: Path, tiny_corpus: Path, queue: Path, accounting: bool
+) -> None:
+    if not accounting:
+        (queue / "no-accounting").touch()
+    behave(tmp_path, _0="keeps-nothing", _1="well")
+    (queue / "limit").write_text("2.0")
+    outcome = run_study(study(tmp_path, tiny_corpus))
+    assert outcome.failed == {"pretrain-wd0": "the time limit came before anything was kept: raise resources.slurm.time"}
+    assert len(calls(queue, "sbatch")) == 1
+
+
+def test_slurm_that_takes_few_jobs_gets_few(
+    tmp_path: Path, tiny_corpus: Path, queue: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (queue / "room").write_text("1")
+    assert len(run_study(study(tmp_path, tiny_corpus)).done) == 2
+    said = capfd.readouterr().err
+    assert said.count("Slurm takes no more jobs now") == 1
+    assert "resources.slots" in said
+
+
+def test_slurm_that_takes_no_job_is_an_error(tmp_path: Path, tiny_corpus: Path, queue: Path) -> None:
+    (queue / "room").write_text("0")
+    with pytest.raises(UserError, match=r"takes none of the study's jobs: .*Job violates accounting/QOS policy"):
+        run_study(study(tmp_path, tiny_corpus))
+
+
+def test_a_job_that_may_have_arrived_is_not_submitted_while_nobody_can_say(
+    tmp_path: Path, tiny_corpus: Path, queue: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit, named, asked = SlurmQueue.submit, SlurmQueue.named, []
+
+    def submitted(self: SlurmQueue, script: Path) -> str:
+        submit(self, script)
+        raise SlurmIsAway("Socket timed out on send/recv operation")
+
+    def away_at_first(self: SlurmQueue, name: str) -> str | None:
+        asked.append(name)
+        if len(asked) == 1:
+            raise SlurmIsAway("Unable to contact slurm controller")
+        (tmp_path / "runs/small/go").touch()
+        return named(self, name)
+
+    behave(tmp_path, _0="waits", _1="waits")
+    monkeypatch.setattr(SlurmQueue, "submit", submitted)
+    monkeypatch.setattr(SlurmQueue, "named", away_at_first)
+    assert len(run_study(study(tmp_path, tiny_corpus)).done) == 2
+    assert len(calls(queue, "sbatch")) == 1
+
+
+def test_slurm_that_goes_away_while_jobs_are_adopted(
+    tmp_path: Path, tiny_corpus: Path, queue: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs/small").mkdir(parents=True)
+    array = {"number": 1, "name": "small-1", "job": None, "kind": "pretrain", "folders": []}
+    (tmp_path / "runs/small/slurm.json").write_text(json.dumps({"arrays": [array]}))
+
+    def away(self: SlurmQueue, name: str) -> str | None:
+        raise SlurmIsAway("Unable to contact slurm controller")
+
+    monkeypatch.setattr(SlurmQueue, "named", away)
+    with pytest.raises(UserError, match="Slurm does not answer: Unable to contact"):
+        run_study(study(tmp_path, tiny_corpus))

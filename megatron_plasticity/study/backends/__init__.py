@@ -14,6 +14,9 @@ if TYPE_CHECKING:  # a plan imports much, and the processes that only pass a com
 
 # Long enough to write a checkpoint of any model that runs on one machine.
 SECONDS_TO_STOP = 120.0
+# Whoever waits for one that waits is more patient than that one, which would otherwise be killed before it has ended its own.
+SECONDS_TO_STOP_REMOTELY = SECONDS_TO_STOP + 30
+SECONDS_TO_STOP_ALL = SECONDS_TO_STOP_REMOTELY + 30
 
 
 @dataclass(frozen=True)

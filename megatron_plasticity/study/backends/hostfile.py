@@ -29,7 +29,7 @@ from megatron_plasticity.launch.hostfile import Host, read_hostfile
 from megatron_plasticity.launch.preflight import PROBE, clock_check, findings_in, gpu_problems, same_code_check
 from megatron_plasticity.launch.probe import Question
 from megatron_plasticity.launch.remote import SSH_ARGUMENTS, SSH_OPTIONS, Answer, on_hosts
-from megatron_plasticity.study.backends import SECONDS_TO_STOP, Ended, Job, refuse
+from megatron_plasticity.study.backends import SECONDS_TO_STOP_REMOTELY, Ended, Job, refuse
 from megatron_plasticity.study.backends.remote import SECONDS_BETWEEN_SIGNS, order
 from megatron_plasticity.study.cell import is_launched
 from megatron_plasticity.study.places import Place, places_of
@@ -248,7 +248,7 @@ class HostfileBackend:
             raise UserError("resources.backend=hostfile needs the program ssh, which is not on PATH") from None
         assert connection.stdin is not None
         with contextlib.suppress(OSError):  # it has failed already, and its exit code says so
-            connection.stdin.write(order(command, str(Path.cwd()), environment, SECONDS_TO_STOP))
+            connection.stdin.write(order(command, str(Path.cwd()), environment, SECONDS_TO_STOP_REMOTELY))
             connection.stdin.flush()
         return connection
 

@@ -14,7 +14,7 @@ from typing import Any
 from megatron_plasticity.config.study import StudyConfig
 from megatron_plasticity.errors import Interrupted, UserError
 from megatron_plasticity.launch.workers import start_worker, worker_context
-from megatron_plasticity.study.backends import SECONDS_TO_STOP, Ended, Job
+from megatron_plasticity.study.backends import SECONDS_TO_STOP_ALL, Ended, Job
 from megatron_plasticity.study.cell import run_cell
 from megatron_plasticity.study.jobs import JOB_MODULES
 from megatron_plasticity.study.plan import PlannedCell
@@ -131,7 +131,7 @@ def run_alone(
         seen = _echo(log, seen)
         if stop.received is not None:
             process.terminate()
-            process.join(SECONDS_TO_STOP)
+            process.join(SECONDS_TO_STOP_ALL)
             raise Interrupted(f"stopped by {stop.received.name}; run the same command again to go on", stop.received)
     if process.exitcode:
         text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""

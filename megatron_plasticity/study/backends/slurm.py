@@ -22,7 +22,7 @@ from megatron_plasticity.config.study import ResourcesConfig, StudyConfig
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.launch.slurm import directives
 from megatron_plasticity.study.backends import Ended, Job
-from megatron_plasticity.study.backends.slurm_queue import Element, Finished, InQueue, SlurmIsAway, SlurmQueue
+from megatron_plasticity.study.backends.slurm_queue import Element, Finished, InQueue, SlurmIsAway, SlurmIsFull, SlurmQueue
 from megatron_plasticity.study.cell import is_launched
 from megatron_plasticity.study.plan import PlannedCell
 from megatron_plasticity.study.recipes import study_device, study_folder
@@ -91,6 +91,8 @@ class SlurmBackend:
     _accounts: dict[str, Finished] = field(default_factory=dict)
     _asked: float | None = None
     _resting_until: float = 0.0
+    _said: str = ""
+    """Why it rests, as a person was told."""
 
     @classmethod
     def of(cls, config: StudyConfig) -> SlurmBackend:
@@ -114,7 +116,10 @@ class SlurmBackend:
         kept = []
         for array in read_submitted(self.folder):
             # A runner that was killed between submitting and writing the number down left the name.
-            job = array["job"] or self.queue.named(array["name"])
+            try:
+                job = array["job"] or self.queue.named(array["name"])
+            except SlurmIsAway as error:
+                raise UserError(f"Slurm does not answer: {error}. Run the same command again later.") from None
             elements = [(Element(job, index), folder) for index, folder in enumerate(array["folders"])] if job else []
             living = [(element, folder) for element, folder in elements if str(element) in self.in_queue]
             if living:
@@ -129,14 +134,52 @@ class SlurmBackend:
         return (self.resources.slots or _UNLIMITED) - len(self._jobs)
 
     def start(self, cells: Sequence[PlannedCell]) -> list[Job]:
-        started: list[Job] = [*self._arrived_after_all(cells)]
+        try:
+            started: list[Job] = [*self._arrived_after_all(cells)]
+        except SlurmIsAway as error:
+            self._rest(f"Slurm does not answer now ({error})")
+            return []  # what may have arrived must not be submitted again
         found = [job.cell.id for job in started]
         cells = [cell for cell in cells if cell.id not in found]
         for _, alike in itertools.groupby(cells, key=lambda cell: cell.kind):
-            kind = list(alike)
-            for first in range(0, len(kind), _LARGEST_ARRAY):
-                started += self._submit(kind[first : first + _LARGEST_ARRAY])
+            jobs = self._submit_all(list(alike))
+            started += jobs
+            if time.monotonic() < self._resting_until:
+                break
         return started
+
+    def _submit_all(self, cells: Sequence[PlannedCell]) -> list[SlurmJob]:
+        """Submit these runs of a kind, in arrays as large as Slurm takes them, until it takes no more."""
+        started: list[SlurmJob] = []
+        largest = _LARGEST_ARRAY
+        while left := list(cells[len(started) :]):
+            array = left[:largest]
+            try:
+                jobs = self._submit(array)
+            except SlurmIsFull as error:
+                if len(array) == 1 and not self.in_queue:
+                    raise UserError(
+                        f"Slurm takes none of the study's jobs: {error}. See resources.slurm and the limits of your account."
+                    ) from None
+                largest = len(array) // 2
+                if largest == 0:
+                    self._rest(
+                        f"Slurm takes no more jobs now ({error}); the others follow as these end, and resources.slots states how "
+                        "many to submit at once"
+                    )
+                    break
+                continue
+            if not jobs:
+                break
+            started += jobs
+        return started
+
+    def _rest(self, why: str) -> None:
+        """Leave Slurm alone for a while; said once for each reason in a row."""
+        self._resting_until = time.monotonic() + _SECONDS_AFTER_A_REFUSAL
+        if why != self._said:
+            print(f"{why}; trying again every {_SECONDS_AFTER_A_REFUSAL:g} s", file=sys.stderr)
+        self._said = why
 
     def wait(self, jobs: Sequence[Job], seconds: float) -> None:
         time.sleep(seconds)
@@ -209,12 +252,12 @@ class SlurmBackend:
             job = self.queue.submit(script)
         except SlurmIsAway as error:
             # It may have arrived all the same, so its name stays noted.
-            self._resting_until = time.monotonic() + _SECONDS_AFTER_A_REFUSAL
-            print(f"Slurm does not take jobs now ({error}); trying again in {_SECONDS_AFTER_A_REFUSAL:.0f} s", file=sys.stderr)
+            self._rest(f"Slurm does not take jobs now ({error})")
             return []
-        except UserError:
+        except (UserError, SlurmIsFull):
             self._note(submitted)
             raise
+        self._said = ""
         self._note([*submitted, {**array, "job": job}])
         jobs = [SlurmJob(cell, Element(job, index), self) for index, cell in enumerate(cells)]
         for element in (str(job.element) for job in jobs):
@@ -223,12 +266,13 @@ class SlurmBackend:
         return jobs
 
     def _arrived_after_all(self, cells: Sequence[PlannedCell]) -> list[SlurmJob]:
-        """Jobs for these cells of which Slurm did not say that it took them, although it did."""
+        """Jobs for these cells of which Slurm did not say that it took them, although it did. Raises SlurmIsAway if that cannot
+        be asked now."""
         by_folder = {cell.folder.name: cell for cell in cells}
         arrays, found = [], []
         for array in read_submitted(self.folder):
             if array["job"] is None:
-                job = self._named(array["name"])
+                job = self.queue.named(array["name"])
                 if job is None:
                     continue
                 array = {**array, "job": job}
@@ -240,12 +284,6 @@ class SlurmBackend:
             self.in_queue[str(job.element)] = InQueue("PENDING", "submitted")
         self._jobs += found
         return found
-
-    def _named(self, name: str) -> str | None:
-        try:
-            return self.queue.named(name)
-        except SlurmIsAway:
-            return None
 
     def _last_script(self) -> int:
         names = (path.stem for path in (self.folder / SCRIPTS_FOLDER).glob("*.sh"))

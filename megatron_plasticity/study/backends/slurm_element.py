@@ -17,9 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from megatron_plasticity.errors import TimeLimitTooShort
+from megatron_plasticity.errors import TimeLimitTooShort, UserError
 from megatron_plasticity.launch.kept import kept
 from megatron_plasticity.launch.slurm import STEP_OPTIONS, meeting_place
+from megatron_plasticity.tracking.run_folder import RunFolder
 
 _RESTING = 0.2
 
@@ -56,7 +57,13 @@ def main() -> int:
         return code
     if set(kept(folder)) <= set(before):
         # It would go round for ever.
-        print("error: the time limit came before anything was kept: raise resources.slurm.time", file=sys.stderr, flush=True)
+        advice = "the time limit came before anything was kept: raise resources.slurm.time"
+        print(f"error: {advice}", file=sys.stderr, flush=True)
+        # Where Slurm keeps no accounts nobody sees the exit code.
+        with contextlib.suppress(UserError, OSError):
+            run = RunFolder.open(folder)
+            with run.lock():
+                run.mark_failed(advice)
         return TimeLimitTooShort.exit_code
     if subprocess.run(["scontrol", "requeue", _own_name()]).returncode:
         print("error: saved before the time limit, but Slurm does not queue it again", file=sys.stderr, flush=True)

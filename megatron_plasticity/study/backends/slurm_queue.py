@@ -15,6 +15,8 @@ from megatron_plasticity.errors import UserError
 _SECONDS = 60
 # The controller is busy or restarting: the same command works later.
 _PASSING = re.compile(r"timed out|Unable to contact|Connection refused|temporarily|try again|Zero Bytes were transmitted", re.I)
+# More jobs than a user, an account or an array may have: fewer may be taken, or these later.
+_FULL = re.compile(r"MaxSubmit|job submit limit|Invalid job array specification", re.I)
 _ELEMENT = re.compile(r"(?P<job>\d+)_(?P<index>\d+)")
 
 
@@ -53,6 +55,10 @@ class SlurmIsAway(Exception):
     """The controller does not answer now; it will."""
 
 
+class SlurmIsFull(Exception):
+    """Slurm does not take so many jobs."""
+
+
 @dataclass(frozen=True)
 class SlurmQueue:
     """Slurm, as its command-line programs show it."""
@@ -71,7 +77,8 @@ class SlurmQueue:
         return cls({name: path for name, path in found.items() if path is not None})
 
     def submit(self, script: Path) -> str:
-        """Number of the array job. Raises UserError with sbatch's own words, SlurmIsAway if it may work later."""
+        """Number of the array job. Raises UserError with sbatch's own words, SlurmIsAway if it may work later, SlurmIsFull if it
+        may work with fewer elements, or later."""
         return self._call("sbatch", "--parsable", str(script)).strip().partition(";")[0]
 
     def elements(self) -> dict[str, InQueue]:
@@ -124,4 +131,6 @@ class SlurmQueue:
         said = (ended.stderr.strip() or ended.stdout.strip() or f"exit code {ended.returncode}").splitlines()[-1]
         if _PASSING.search(said):
             raise SlurmIsAway(said)
+        if program == "sbatch" and _FULL.search(ended.stderr):
+            raise SlurmIsFull(said)
         raise UserError(f"{program} {' '.join(arguments)}: {said}")

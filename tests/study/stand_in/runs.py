@@ -50,6 +50,8 @@ def _step(folder: RunFolder, step: int, word: str) -> None:
         case "saved-then-killed" if step == _saved(folder) + 2:
             _save(folder, step)
             os.kill(os.getpid(), signal.SIGKILL)
+        case "keeps-nothing" if step == 2:
+            time.sleep(600)
         case "hangs" if step == 2:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             time.sleep(600)
