@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -77,11 +78,22 @@ def _study_options(command: argparse.ArgumentParser) -> None:
     where.add_argument("--slurm", action="store_true", help="as array jobs of Slurm")
 
 
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 < seconds < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds that is more than 0")
+    return seconds
+
+
 def _study_status_options(command: argparse.ArgumentParser) -> None:
     command.add_argument("--all", action="store_true", help="list every run")
-    command.add_argument("--json", action="store_true", help="everything as JSON")
-    command.add_argument("--watch", action="store_true", help="show it anew until every run is done")
-    command.add_argument("--seconds", type=float, default=5.0, metavar="S", help="between two looks of --watch (default: 5)")
+    how = command.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="everything as JSON")
+    how.add_argument("--watch", action="store_true", help="show it anew until every run is done")
+    command.add_argument("--seconds", type=_seconds, default=5.0, metavar="S", help="between two looks of --watch (default: 5)")
 
 
 def _study_retry_options(command: argparse.ArgumentParser) -> None:
@@ -305,7 +317,7 @@ VERBS = (
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command and exit: 0 if all went well, 1 if runs of a study failed or `doctor` found this machine wanting, 2 for bad
-    input, 128 + signal if interrupted."""
+    input, 128 + signal if interrupted; 73, 75 and 78 are those of `errors.py`."""
     parsed = _parsed(arguments)
     raise_interrupted_on_signals()
     try:

@@ -507,17 +507,20 @@ def study_cancel(arguments: Namespace) -> None:
     cancelled = cancel(arguments.folder)
     for element in cancelled:
         print(f"cancelled: job {element}")
-    print(f"{len(cancelled)} jobs were in the queue; what ran has saved, and `megatron-plasticity study run` goes on from there")
+    print(
+        f"{len(cancelled)} jobs were in the queue; those that ran were told to save, for which Slurm leaves them its KillWait "
+        "(30 s unless set otherwise), and `megatron-plasticity study run` goes on from their latest checkpoints"
+    )
 
 
 def _tell_outcome(outcome: StudyOutcome) -> int:
     for cell, reason in outcome.failed.items():
         print(f"failed: {cell}: {reason}", file=sys.stderr)
     if outcome.not_started:
-        print(f"not started, since what they need failed: {', '.join(outcome.not_started)}", file=sys.stderr)
+        print(f"not started, since what they need failed or is not done: {', '.join(outcome.not_started)}", file=sys.stderr)
     print(f"{len(outcome.done)} runs done, {len(outcome.failed)} failed, {len(outcome.not_started)} not started")
     print(f"next: megatron-plasticity study report {outcome.folder}")
-    return 1 if outcome.failed else 0
+    return 1 if outcome.failed or outcome.not_started else 0
 
 
 def study_status(arguments: Namespace) -> None:

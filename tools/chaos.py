@@ -611,9 +611,8 @@ def dead_tracking_server(chaos: Chaos, undisturbed: Mapping[str, Any]) -> str:
     config = chaos.config("no-server")
     Path(config.output).mkdir()
     warnings: list[str] = []
-    dead = MlflowMirror(
-        Path(config.output), "chaos", uri=f"http://user:planted-secret@127.0.0.1:{_free_port()}"
-    )  # pragma: allowlist secret
+    uri = f"http://user:planted-secret@127.0.0.1:{_free_port()}"  # pragma: allowlist secret
+    dead = MlflowMirror(Path(config.output), "chaos", uri=uri)
     processes = chaos.start(config)
     wait_for(config, "state.json", processes)
     with mirror_in_background(dead, folder_of(config).path, interval=0.1, final_seconds=5.0, warn=warnings.append):

@@ -38,6 +38,24 @@ class SlurmConfig(Section):
     setup: tuple[str, ...] = neutral(())
     """Lines of shell before a run starts, such as `module load cuda`."""
 
+    @field_validator("time", mode="before")
+    @classmethod
+    def _time_is_text(cls, value: Any) -> Any:
+        # YAML reads 24:00:00 as 86400, and 30:00 as 1800: nobody can tell whether minutes or seconds were meant.
+        if isinstance(value, int):
+            raise ValueError('YAML takes a time without quotes for a number; write it in quotes, such as "24:00:00"')
+        return value
+
+    @model_validator(mode="after")
+    def _there_is_time_before_the_signal(self) -> SlurmConfig:
+        seconds = _slurm_seconds(self.time)
+        if self.seconds_before_limit >= seconds:
+            raise ValueError(
+                f"`seconds_before_limit`={self.seconds_before_limit} leaves nothing of `time`={self.time}, which is {seconds} s; "
+                "lower the first or raise the second"
+            )
+        return self
+
     @field_validator("options")
     @classmethod
     def _options_are_options(cls, value: tuple[str, ...]) -> tuple[str, ...]:
@@ -49,6 +67,15 @@ class SlurmConfig(Section):
                     f"{option.split('=')[0]} is stated by the runner itself or by a setting of `resources`; leave it out"
                 )
         return value
+
+
+def _slurm_seconds(time: str) -> int:
+    """Seconds of a time as sbatch(1) reads it: minutes, minutes:seconds, hours:minutes:seconds, or days-hours with either after
+    it."""
+    days, dash, rest = time.rpartition("-")
+    numbers = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(numbers) == 3 else (60, 1)
+    return 86400 * int(days or 0) + sum(unit * number for unit, number in zip(units, numbers, strict=False))
 
 
 SLURM_OWN_OPTIONS = (

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from megatron_plasticity.config.load import check_config
 from megatron_plasticity.config.study import StudyConfig
-from megatron_plasticity.errors import UserError
-from megatron_plasticity.study.claim import living_runner
+from megatron_plasticity.errors import FolderHeld, UserError
+from megatron_plasticity.study.claim import wait_for_a_silent_runner
 from megatron_plasticity.study.recipes import study_folder
-from megatron_plasticity.study.status import read_status
+from megatron_plasticity.study.status import CellStatus, read_status
 
 
 def config_of(folder: Path) -> StudyConfig:
@@ -39,19 +39,29 @@ def cells_to_retry(folder: Path, named: Sequence[str]) -> list[str]:
             problems.append(f"{name}: there is no such run; {hint}")
         elif cells[name].status == "done":
             problems.append(f"{name}: is done; to have it done again, move {cells[name].folder} away")
+        elif (root := _failed_root(cells, name)) not in (None, *named):
+            problems.append(f"{name}: it needs {root}, which failed; retry that, and this one follows")
     if problems:
         raise UserError("\n  ".join([f"{folder}: these runs cannot be tried again", *problems]))
     return list(named) or [cell.id for cell in cells.values() if cell.status == "failed"]
 
 
+def _failed_root(cells: Mapping[str, CellStatus], name: str) -> str | None:
+    """The failed run because of which this one cannot be started, if that is so."""
+    if cells[name].status != "blocked":
+        return None
+    while cells[name].status == "blocked" and (needed := cells[name].needs) is not None:
+        name = needed
+    return name
+
+
 def cancel(folder: Path) -> list[str]:
-    """Take the study's jobs out of Slurm's queue; returns what was there. Raises UserError if its runner is still at it."""
+    """Take the study's jobs out of Slurm's queue; returns what was there. Raises FolderHeld if its runner is still at it."""
     from megatron_plasticity.study.backends.slurm import cancel_submitted
 
     read_status(folder)
-    if (runner := living_runner(folder)) is not None:
-        raise UserError(
-            f"{folder}: process {runner.get('pid')} on {runner.get('host')} runs this study, and would submit anew what is "
-            "cancelled; stop it first (Ctrl-C)"
-        )
+    try:
+        wait_for_a_silent_runner(folder, print)
+    except FolderHeld as error:
+        raise FolderHeld(f"{error} It would submit anew what is cancelled.") from None
     return list(cancel_submitted(folder))

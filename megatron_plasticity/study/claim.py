@@ -85,7 +85,7 @@ def claimed(folder: Path, say: Callable[[str], None] = print) -> Iterator[Claim]
     """
     with file_lock(folder / "lock"):
         claim = Claim(folder / RUNNER_FILE)
-        _wait_for_a_silent_runner(claim.path, say)
+        wait_for_a_silent_runner(folder, say)
         with explain_disk_errors(folder):
             claim.path.unlink(missing_ok=True)
             write_json_atomic(claim.path, claim._content())
@@ -109,8 +109,10 @@ def living_runner(folder: Path) -> dict[str, Any] | None:
     return found
 
 
-def _wait_for_a_silent_runner(path: Path, say: Callable[[str], None]) -> None:
-    found = living_runner(path.parent)
+def wait_for_a_silent_runner(folder: Path, say: Callable[[str], None]) -> None:
+    """Return when the study in `folder` has no runner; one of another host that is silent for half a minute, which `say` is told
+    of, is gone. Raises FolderHeld if there is one that lives."""
+    path, found = folder / RUNNER_FILE, living_runner(folder)
     if found is None:
         return
     if found.get("host") != host_name():

@@ -176,7 +176,7 @@ def _state(costs: Costs, missing: Sequence[str]) -> Iterator[str]:
     if not missing:
         left = [cell for cell in cells if (state := read_state(cell)) is None or state.status != "done"]
         yield f"{len(cells) - len(left)} of {len(cells)} runs are done"
-    if (needed := costs.of(left).disk) is not None:
+    if left and (needed := costs.of(left).disk) is not None:
         free = shutil.disk_usage(_existing(costs.plan.folder)).free
         verdict = "" if needed <= free else ": NOT ENOUGH"
         yield f"{decimal(needed)} will be written, {decimal(free)} are free in {_existing(costs.plan.folder)}{verdict}"

@@ -248,10 +248,15 @@ class _Runner:
         for cell in self._ready() if free else ():
             if len(cells) == free:
                 break
-            if (holder := _held_elsewhere(cell)) is not None:
+            if _is_done(cell):  # by another process, or a job that was thought lost
+                self.done.add(cell.id)
+                display.finished(cell)
+                continue
+            # A queue's job that arrived although nobody said so is found when the run is to be started, not before.
+            unnoticed = self.backend.outlives_runner and _runs_here(cell)
+            if not unnoticed and (holder := _held_elsewhere(cell)) is not None:
                 self._tell_once(cell, holder, display)
                 continue
-            self.told.pop(cell.id, None)
             try:
                 # The folder says what to do, so that any machine can do it.
                 RunFolder.create(cell.folder.parent, cell.kind, cell.name, cell.config, cell.inputs)
@@ -320,8 +325,8 @@ class _Runner:
         times = self.retries.count(cell)
         reason = failure.reason if times == 1 else f"{failure.reason}\n({times} attempts that got no further failed)"
         self.failed[cell.id] = reason
-        # A process that was killed could not say so itself. Under the lock alone: a process of another host that has not been silent
-        # for long is, as its back end knows, the one that failed.
+        # A process that was killed could not say so itself. Under the lock alone: a process of another host that was heard of a
+        # moment ago is, as its back end knows, the one that failed.
         with contextlib.suppress(UserError, OSError):
             folder = RunFolder.open(cell.folder)
             with file_lock(folder.path / "lock"):
@@ -345,6 +350,7 @@ class _Runner:
         for attempt in self.running.values():
             if attempt.given_up is not None:
                 if time.monotonic() - attempt.given_up > SECONDS_TO_STOP_ALL:
+                    attempt.given_up = time.monotonic()  # not at every look; but again, should Slurm not have heard it
                     attempt.job.kill()
             elif attempt.silent_for() > 60 * minutes:
                 attempt.given_up = time.monotonic()
@@ -400,6 +406,11 @@ def _with_descendants(plan: StudyPlan, ids: Collection[str]) -> list[PlannedCell
 def _is_done(cell: PlannedCell) -> bool:
     state = read_state(cell)
     return state is not None and state.status == "done"
+
+
+def _runs_here(cell: PlannedCell) -> bool:
+    state = read_state(cell)
+    return state is not None and state.status == "running" and state.host == host_name()
 
 
 def _held_elsewhere(cell: PlannedCell) -> str | None:

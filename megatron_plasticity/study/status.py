@@ -7,7 +7,7 @@ import io
 import json
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -54,6 +54,8 @@ class CellStatus:
     """Unix seconds."""
     reason: str | None = None
     """Why it failed, or does not go on."""
+    needs: str | None = None
+    """The run without which it cannot be started, where that one failed."""
 
     @property
     def headline(self) -> str:
@@ -107,13 +109,31 @@ def read_status(folder: Path) -> StudyStatus:
         name, entries = str(study["name"]), study["cells"]
         runner = living_runner(folder)
         cells: dict[str, CellStatus] = {}
+        noted = {"running": _submitted(folder, entries)} if runner is None else runner
         for entry in entries:
-            cells[entry["id"]] = _cell(folder, entry, cells.get(entry["parent"] or ""), runner or {})
+            cells[entry["id"]] = _cell(folder, entry, cells.get(entry["parent"] or ""), noted)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{path} cannot be read as a study ({type(error).__name__}: {error}). Run the study again to write it anew."
         ) from error
     return StudyStatus(name, folder, tuple(cells.values()), runner)
+
+
+def _submitted(folder: Path, entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """Run → its job in Slurm, as the runner left it there: jobs outlive their runner. Of runs that failed, nothing."""
+    try:
+        arrays = json.loads((folder / "slurm.json").read_text(encoding="utf-8"))["arrays"]
+        jobs = {name: f"job {a['job']}_{index}" for a in arrays if a["job"] for index, name in enumerate(a["folders"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    here = {entry["id"]: folder / entry["folder"] for entry in entries}
+    return {id: f"{jobs[run.name]}, as it was submitted" for id, run in here.items() if run.name in jobs and not _failed(run)}
+
+
+def _failed(run: Path) -> bool:
+    with contextlib.suppress(UserError):
+        return (run / "state.json").is_file() and RunState.read(run / "state.json").status == "failed"
+    return True
 
 
 def _cell(folder: Path, entry: Mapping[str, Any], parent: CellStatus | None, runner: Mapping[str, Any]) -> CellStatus:
@@ -136,7 +156,7 @@ def _cell(folder: Path, entry: Mapping[str, Any], parent: CellStatus | None, run
     if state.status == "failed":
         return CellStatus(**common, status="failed", reason=state.error or "it does not say why")
     if parent is not None and parent.status in ("failed", "blocked"):
-        return CellStatus(**common, status="blocked", reason=f"it needs {parent.id}")
+        return CellStatus(**common, status="blocked", reason=f"it needs {parent.id}", needs=parent.id)
     return CellStatus(**common, status="waiting", reason=state.error)
 
 

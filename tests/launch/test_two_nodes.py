@@ -160,6 +160,7 @@ def test_two_nodes_train_as_one_process_and_no_secret_is_seen(
         assert secret not in written, name
 
 
+@pytest.mark.full
 def test_a_lost_node_and_a_cut_cable_end_the_job_and_it_goes_on(
     nodes: Nodes, pretrain_config: Callable[..., PretrainConfig], tmp_path: Path
 ) -> None:

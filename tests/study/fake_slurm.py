@@ -47,7 +47,8 @@ def sbatch(arguments: list[str]) -> int:
     (STATE / f"submitted-{job}").write_text(script.read_text())
     first, last = map(int, options["array"].partition("%")[0].split("-"))
     room = STATE / "room"
-    if room.exists() and last + 1 + sum(info["state"] in ("PENDING", "RUNNING") for info in known().values()) > int(room.read_text()):
+    under_way = sum(info["state"] in ("PENDING", "RUNNING") for info in known().values())
+    if room.exists() and last + 1 + under_way > int(room.read_text()):
         sys.stderr.write("sbatch: error: QOSMaxSubmitJobPerUserLimit\nsbatch: error: Batch job submission failed: Job violates ")
         sys.stderr.write("accounting/QOS policy (job submit limit, user's size and/or time limits)\n")
         return 1

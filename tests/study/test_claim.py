@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from megatron_plasticity.errors import UserError
+from megatron_plasticity.errors import FolderHeld, UserError
 from megatron_plasticity.study import claim
-from megatron_plasticity.study.claim import RUNNER_FILE, claimed, living_runner
+from megatron_plasticity.study.claim import RUNNER_FILE, claimed, living_runner, wait_for_a_silent_runner
 from megatron_plasticity.tracking.process import host_name, process_start
 
 
@@ -96,3 +96,13 @@ def test_a_runner_notices_that_another_took_over(tmp_path: Path) -> None:
             time.sleep(0.01)
         assert mine.lost == "process 7 on elsewhere"
     assert json.loads((tmp_path / RUNNER_FILE).read_text())["token"] == "theirs", "theirs is left alone"
+
+
+def test_a_silent_runner_of_another_host_holds_nobody_up_for_ever(tmp_path: Path) -> None:
+    write(tmp_path)
+    said: list[str] = []
+    wait_for_a_silent_runner(tmp_path, said.append)
+    assert "watching for" in said[0]
+    write(tmp_path, host=host_name(), pid=os.getpid(), process_start=process_start(os.getpid()))
+    with pytest.raises(FolderHeld, match="is being run by process"):
+        wait_for_a_silent_runner(tmp_path, said.append)

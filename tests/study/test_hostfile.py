@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from megatron_plasticity.config.study import StudyConfig
+from megatron_plasticity.config.study import StudyConfig, _slurm_seconds
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.launch.hostfile import Host
 from megatron_plasticity.study import runner
-from megatron_plasticity.study.again import config_of
+from megatron_plasticity.study.again import _failed_root, config_of
 from megatron_plasticity.study.backends import hostfile as hostfile_module
 from megatron_plasticity.study.backends.hostfile import HostfileBackend, _port_on
 from megatron_plasticity.study.backends.remote import order
@@ -30,7 +30,7 @@ from megatron_plasticity.study.check import check_study
 from megatron_plasticity.study.places import places_of
 from megatron_plasticity.study.plan import plan_study
 from megatron_plasticity.study.runner import run_study
-from megatron_plasticity.study.status import read_status
+from megatron_plasticity.study.status import CellStatus, read_status
 from megatron_plasticity.tracking.run_folder import RunFolder
 from tests.commands import Run
 from tests.study.machines import counting_study, fake_ssh, stand_in_runs
@@ -154,7 +154,7 @@ def test_a_stopped_runner_leaves_nothing_behind(tmp_path: Path, tiny_corpus: Pat
     config = study(tmp_path, tiny_corpus)
     (tmp_path / "study.json").write_text(json.dumps(config.model_dump(mode="json")))
     script = (
-        "import json, sys\nfrom megatron_plasticity.config.study import StudyConfig\n"
+        "import json, sys\nfrom megatron_plasticity.config.study import StudyConfig, _slurm_seconds\n"
         "from megatron_plasticity.study.runner import run_study\n"
         f"run_study(StudyConfig(**json.load(open({str(tmp_path / 'study.json')!r}))))"
     )
@@ -281,6 +281,8 @@ def test_a_port_that_is_taken_is_not_used(ssh_log: Path, monkeypatch: pytest.Mon
         ({"resources": {"backend": "slurm", "slurm": {"options": ["--array=1"]}}}, r"--array is stated by the runner itself"),
         ({"resources": {"backend": "slurm", "slurm": {"options": ["-n 1"]}}}, r"'-n 1' is no option of sbatch"),
         ({"resources": {"backend": "slurm", "slurm": {"time": "soon"}}}, r"time"),
+        ({"resources": {"backend": "slurm", "slurm": {"time": 86400}}}, r"slurm\.time.*write it in quotes"),
+        ({"resources": {"backend": "slurm", "slurm": {"time": "5:00"}}}, r"leaves nothing of `time`=5:00, which is 300 s"),
         ({"resources": {"backend": "slurm", "processes_per_run": 12, "slurm": {"gpus_per_node": 8}}}, r"fills no whole number"),
         ({"resources": {"backend": "slurm"}, "base": {"device": "auto"}}, r"slurm\.gpus_per_node: state how many"),
     ],
@@ -290,6 +292,14 @@ def test_resources_that_do_not_suit_the_back_end(
 ) -> None:
     with pytest.raises(UserError, match=message):
         check_study(counting_study(tmp_path, tiny_corpus, changes))
+
+
+@pytest.mark.parametrize(
+    ("time", "seconds"),
+    [("30", 1800), ("30:05", 1805), ("1:00:00", 3600), ("1-2", 93600), ("1-2:03", 93780), ("1-02:03:04", 93784)],
+)
+def test_times_as_sbatch_reads_them(time: str, seconds: int) -> None:
+    assert _slurm_seconds(time) == seconds
 
 
 def test_only_what_failed_is_tried_again(tmp_path: Path, tiny_corpus: Path, ssh_log: Path, run: Run) -> None:
@@ -306,6 +316,14 @@ def test_only_what_failed_is_tried_again(tmp_path: Path, tiny_corpus: Path, ssh_
     assert "2 runs done" in out
     code, out, _ = run("study", "retry", folder)
     assert "no run of this study has failed" in out
+
+
+def test_what_needs_a_failed_run_cannot_be_retried_alone() -> None:
+    def cell(id: str, status: str, needs: str | None = None) -> CellStatus:
+        return CellStatus(id, "finetune", status, Path(id), needs=needs)
+
+    cells = {c.id: c for c in (cell("a", "failed"), cell("b", "blocked", "a"), cell("c", "blocked", "b"), cell("d", "waiting"))}
+    assert [_failed_root(cells, id) for id in "abcd"] == [None, "a", "a", None]
 
 
 def test_the_study_of_a_folder_has_the_same_runs(tmp_path: Path, tiny_corpus: Path) -> None:

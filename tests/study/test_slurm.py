@@ -269,10 +269,8 @@ def test_a_job_that_may_have_arrived_is_not_submitted_while_nobody_can_say(
         asked.append(name)
         if len(asked) == 1:
             raise SlurmIsAway("Unable to contact slurm controller")
-        (tmp_path / "runs/small/go").touch()
         return named(self, name)
 
-    behave(tmp_path, _0="waits", _1="waits")
     monkeypatch.setattr(SlurmQueue, "submit", submitted)
     monkeypatch.setattr(SlurmQueue, "named", away_at_first)
     assert len(run_study(study(tmp_path, tiny_corpus)).done) == 2

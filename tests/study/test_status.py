@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import time
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
+from megatron_plasticity.study import claim
 from megatron_plasticity.study.claim import RUNNER_FILE
 from megatron_plasticity.study.plan import plan_study
 from megatron_plasticity.study.runner import _write_study_file
 from megatron_plasticity.study.status import StudyStatus, read_status, status_page
+from megatron_plasticity.tracking.process import host_name, process_start
 from megatron_plasticity.tracking.run_folder import RunFolder
 from tests.commands import Run
 from tests.study.small import small_study
@@ -139,6 +142,42 @@ def test_retry_names_what_it_cannot_do(run: Run, folder: Path) -> None:
 
 
 def test_cancel_refuses_while_a_runner_lives(run: Run, folder: Path) -> None:
+    runner = folder / RUNNER_FILE
+    here = {"host": host_name(), "pid": os.getpid(), "process_start": process_start(os.getpid())}
+    runner.write_text(json.dumps({**json.loads(runner.read_text()), **here}))
     code, _, err = run("study", "cancel", folder)
+    assert code == 73
+    assert f"is being run by process {os.getpid()} on" in err
+    assert "would submit anew what is cancelled" in err
+
+
+def test_cancel_does_not_wait_for_ever_for_a_runner_whose_machine_is_gone(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(claim, "SECONDS_BETWEEN_BEATS", 0.05)
+    monkeypatch.setenv("PATH", "/nowhere")
+    code, out, err = run("study", "cancel", folder)
+    assert "process 99 on login1; watching for" in out
     assert code == 2
-    assert "process 99 on login1 runs this study" in err
+    assert "needs sbatch, squeue, scancel on PATH" in err, "it went on to ask Slurm"
+
+
+def test_jobs_without_a_runner_are_in_the_queue_still(run: Run, folder: Path) -> None:
+    (folder / RUNNER_FILE).unlink()
+    cells = {cell.id: cell for cell in read_status(folder).cells}
+    array = {"number": 1, "name": "small-1", "job": "5", "kind": "attention", "folders": [cells["attention-wd0"].folder.name]}
+    (folder / "slurm.json").write_text(json.dumps({"arrays": [array]}))
+    cell = next(cell for cell in read_status(folder).cells if cell.id == "attention-wd0")
+    assert (cell.status, cell.where) == ("queued", "job 5_0, as it was submitted")
+    (folder / "slurm.json").write_text("[1, 2")
+    assert next(cell for cell in read_status(folder).cells if cell.id == "attention-wd0").status == "waiting"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [(("--watch", "--json"), "not allowed with"), (("--watch", "--seconds", "0"), "more than 0")],
+)
+def test_options_that_make_no_sense(run: Run, folder: Path, options: tuple[str, ...], message: str) -> None:
+    code, _, err = run("study", "status", folder, *options)
+    assert code == 2
+    assert message in err

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -39,7 +40,7 @@ def test_compiled_blocks_train_as_they_are_written() -> None:
     [(3, {}), (1, {"tensor": 2}), (1, {"tensor": 2, "sequence": True}), (1, {"pipeline": 2})],
     ids=str,
 )
-def test_compiled_blocks_train_as_one_process_under_every_layout(zero_stage: int, layout: dict[str, int], tmp_path: Path) -> None:
+def test_compiled_blocks_train_as_one_process_under_every_layout(zero_stage: int, layout: dict[str, Any], tmp_path: Path) -> None:
     settings = recipe(zero_stage, micro_batch=2, parallel=ParallelConfig(**layout), compile=True)
     arguments = (settings, 4, 0.3, OLMO, None, repeating_batch)
     compiled = run_on_ranks(2, engine_run, *arguments, log=tmp_path / "log", seconds=280)[0]

@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 SECONDS_BETWEEN_SIGNS = 5.0
 SECONDS_UNTIL_ALONE = 45.0
@@ -80,13 +81,13 @@ def _stop(process: subprocess.Popen[bytes], seconds: float) -> None:
 
 
 def _lives(process: subprocess.Popen[bytes]) -> bool:
-    """Whether anything in the process group that this process leads, or led, has not ended. A zombie has, and in a container there
-    may be nobody who takes those of a leader that is gone."""
-    if process.poll() is None or not os.path.isdir("/proc/self"):
-        return process.poll() is None
-    for name in filter(str.isdecimal, os.listdir("/proc")):
-        with contextlib.suppress(OSError), open(f"/proc/{name}/stat", encoding="utf-8", errors="replace") as file:
-            state, _, group = file.read().rpartition(")")[2].split()[:3]
+    """Whether anything in the process group that this process leads, or led, has not ended. A zombie has, and in a container
+    there may be nobody who takes those of a leader that is gone."""
+    if process.poll() is None:
+        return True
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, _, group = path.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[:3]
             if int(group) == process.pid and state not in "ZX":
                 return True
     return False

@@ -356,6 +356,8 @@ def cancel_submitted(folder: Path) -> Iterator[str]:
         numbers = {array["job"] or queue.named(array["name"]) for array in read_submitted(folder.absolute())}
         living = [name for name in in_queue if name.partition("_")[0] in numbers]
         queue.cancel(living)
+        if (folder / SUBMITTED_FILE).is_file():
+            write_json_atomic(folder / SUBMITTED_FILE, {"arrays": []})
     except SlurmIsAway as error:
         raise UserError(f"Slurm does not answer: {error}. Run the same command again later.") from None
     yield from living
