@@ -6,7 +6,9 @@ says what was expected, and what to do. Everything else that escapes is a defect
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -56,6 +58,16 @@ class TimeLimitTooShort(UserError):
     """The time limit of a queue came before a run had kept anything: it would go round for ever (EX_CONFIG of sysexits.h)."""
 
     exit_code = 78
+
+
+@contextmanager
+def ending_the_process(prefix: str = "error") -> Iterator[None]:
+    """A UserError inside the block ends the process: its text in one line on standard error, and its exit code."""
+    try:
+        yield
+    except UserError as error:
+        print(f"{prefix}: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.exit_code)
 
 
 def problems_of(checks: Iterable[Callable[[], object]]) -> list[str]:

@@ -6,7 +6,6 @@ the others, and its traceback is what the test shows.
 
 from __future__ import annotations
 
-import socket
 import time
 import traceback
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from megatron_plasticity.launch.command import free_port
 from megatron_plasticity.launch.workers import start_worker, worker_context
 
 
@@ -49,7 +49,7 @@ def _context() -> BaseContext:
 
 
 def _start(ranks: int, function: Callable[..., Any], arguments: Sequence[tuple[Any, ...]], log: Path) -> list[BaseProcess]:
-    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         start_worker(
             _context(),
@@ -91,9 +91,3 @@ def _gather(readers: list[Connection], deadline: float, log: Path) -> list[Any]:
             f"ranks {sorted(set(range(len(readers))) - set(results))} hang; log:\n{log.read_text()[-3000:]}"
         )
     return [results[rank] for rank in range(len(readers))]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

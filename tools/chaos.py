@@ -21,7 +21,6 @@ import random
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -44,6 +43,7 @@ from megatron_plasticity.config.evaluation import EvaluateConfig
 from megatron_plasticity.config.files import sha256_file
 from megatron_plasticity.config.training import PretrainConfig
 from megatron_plasticity.errors import LostProcess, UserError
+from megatron_plasticity.launch.command import free_port
 from megatron_plasticity.launch.workers import start_worker, worker_context
 from megatron_plasticity.tracking.metrics import read_metrics
 from megatron_plasticity.tracking.run_folder import RunFolder
@@ -275,7 +275,7 @@ class Chaos:
 
     def start(self, config: Any, disturbance: tuple[str, dict[str, Any]] | None = None, ranks: int = 1) -> list[BaseProcess]:
         """The processes of a run; with several ranks as a launcher starts them."""
-        shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())} if ranks > 1 else {}
+        shared = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())} if ranks > 1 else {}
         processes = []
         for rank in range(ranks):
             environment = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {}
@@ -359,12 +359,6 @@ def compare(expected: Mapping[str, Any], found: Mapping[str, Any]) -> None:
 def expect(condition: bool, what: str) -> None:
     if not condition:
         raise Broken(what)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # --- The scenarios. Each returns what it saw, or raises Broken.
@@ -611,7 +605,7 @@ def dead_tracking_server(chaos: Chaos, undisturbed: Mapping[str, Any]) -> str:
     config = chaos.config("no-server")
     Path(config.output).mkdir()
     warnings: list[str] = []
-    uri = f"http://user:planted-secret@127.0.0.1:{_free_port()}"  # pragma: allowlist secret
+    uri = f"http://user:planted-secret@127.0.0.1:{free_port()}"  # pragma: allowlist secret
     dead = MlflowMirror(Path(config.output), "chaos", uri=uri)
     processes = chaos.start(config)
     wait_for(config, "state.json", processes)

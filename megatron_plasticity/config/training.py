@@ -154,6 +154,10 @@ class CheckpointConfig(Section):
     resume_from: Path | None = None
     """Start from this checkpoint folder of another run instead of from step 0; it must agree with the config."""
 
+    def count(self, steps: int) -> int:
+        """How many a run of so many steps writes; all are kept."""
+        return 1 if self.every_steps is None else -(-steps // self.every_steps)
+
 
 class LoggingConfig(Section):
     """What is measured along the way. Nothing here changes the weights."""

@@ -18,7 +18,7 @@ from megatron_plasticity.config.tasks import TaskConfig
 from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig
 from megatron_plasticity.errors import UserError, problems_of
 from megatron_plasticity.launch.memory import largest_stage, memory
-from megatron_plasticity.models.sizes import parameter_count
+from megatron_plasticity.models.sizes import checkpoint_bytes
 from megatron_plasticity.tracking.plain_types import section_to_yaml
 from megatron_plasticity.tracking.run_folder import RunFolder
 
@@ -26,8 +26,6 @@ LaunchedVerb = Literal["pretrain", "finetune", "evaluate"]
 LaunchedConfig = PretrainConfig | FinetuneConfig | EvaluateConfig
 
 _CONFIGS: dict[str, type[LaunchedConfig]] = {"pretrain": PretrainConfig, "finetune": FinetuneConfig, "evaluate": EvaluateConfig}
-# fp32 weights and two moments; a run with adapters stores the weights, and the little that the adapters add.
-_BYTES_STORED, _BYTES_STORED_WITH_ADAPTERS = 12, 4
 
 
 @dataclass(frozen=True)
@@ -128,11 +126,9 @@ class LaunchedJob:
         if isinstance(config, EvaluateConfig) or model is None:
             return 0
         adapters = isinstance(config, FinetuneConfig) and config.lora is not None
-        each = (_BYTES_STORED_WITH_ADAPTERS if adapters else _BYTES_STORED) * parameter_count(model).total
-        every = config.checkpoint.every_steps
-        count = 1 if every is None else -(-self._steps() // every)
+        count = config.checkpoint.count(self._steps())
         written = 0 if (earlier := self.earlier()) is None else len(earlier.checkpoints())
-        return each * max(0, count - written)
+        return checkpoint_bytes(model, adapters) * max(0, count - written)
 
     def earlier(self) -> RunFolder | None:
         """The folder of a run with this config, if one is there. Its inputs may have been others: `folder` knows for sure, and

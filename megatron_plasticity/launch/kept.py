@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from megatron_plasticity.errors import UserError
+from megatron_plasticity.errors import ending_the_process
 from megatron_plasticity.launch.job import LaunchedJob
 
 
@@ -20,11 +20,8 @@ def kept(folder: Path) -> list[str]:
 
 def main() -> None:
     verb, config, *overrides = sys.argv[1:]
-    try:
+    with ending_the_process():
         folder = LaunchedJob.load(verb, Path(config), overrides).earlier()  # type: ignore[arg-type]  # cli.py knows the verbs
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
     print(*(kept(folder.path) if folder is not None else ()), sep="\n")
 
 

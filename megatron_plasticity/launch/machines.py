@@ -72,10 +72,6 @@ class Machines:
     def processes(self) -> int:
         return process_count(self.hosts)
 
-    def host_of(self, rank: int) -> str:
-        """Name of the machine of a rank."""
-        return [host.name for host in self.hosts for _ in host.slots][rank]
-
 
 def visible_devices(environment: Mapping[str, str]) -> tuple[int, ...] | None:
     """Indexes of the GPUs that CUDA_VISIBLE_DEVICES leaves, as CUDA reads it; None if it is not set.

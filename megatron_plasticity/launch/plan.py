@@ -20,10 +20,10 @@ from megatron_plasticity.config.support import SUPPORT, unsupported
 from megatron_plasticity.config.training import PretrainConfig
 from megatron_plasticity.errors import ConfigError, UserError
 from megatron_plasticity.launch.cost import StepTime, step_time
-from megatron_plasticity.launch.hardware import Hardware, assumptions
+from megatron_plasticity.launch.hardware import H100, Hardware, assumptions
 from megatron_plasticity.launch.memory import StageMemory, largest_stage, memory, stage_parameter_count
 from megatron_plasticity.models.partition import stage_layers
-from megatron_plasticity.models.sizes import flops_per_token, parameter_count
+from megatron_plasticity.models.sizes import checkpoint_bytes, flops_per_token, parameter_count
 
 GIB = 2**30
 WIDTH = 110
@@ -36,7 +36,7 @@ _NODE = 8  # tensor-parallel ranks talk in every layer: they stay on the fast li
 _BUBBLE_CLASS = 0.05  # pipelines whose idle shares fall into the same 5 % count as equal
 _EQUAL = 0.05  # predicted times that differ by no more
 # NVIDIA H100 and H200 SXM data sheets, without sparsity: bf16 on tensor cores; fp32 outside of them.
-PEAK_FLOPS = {"bf16": 989e12, "fp32": 67e12}
+PEAK_FLOPS = {"bf16": H100.bf16, "fp32": H100.fp32}
 
 
 @dataclass(frozen=True)
@@ -354,8 +354,7 @@ def _run(config: PretrainConfig, machine: Machine) -> Iterator[str]:
         f"{config.tokens_per_step:,} tokens, {tokens:,} in all"
     )
     yield from _assumed(config, machine)
-    checkpoint = 12 * count.total
-    saved = 1 if config.checkpoint.every_steps is None else -(-config.total_steps // config.checkpoint.every_steps)
+    checkpoint, saved = checkpoint_bytes(model), config.checkpoint.count(config.total_steps)
     times = f", {saved:,} of them {decimal(saved * checkpoint)}" if saved > 1 else ""
     yield f"  {decimal(checkpoint)} on disk per checkpoint (fp32 weights and two moments){times}"
     yield (

@@ -21,7 +21,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import megatron_plasticity
+from megatron_plasticity.config.files import sha256_files
 from megatron_plasticity.launch.doctor.software import ONLY_FOR_METRICS, declared_lines
+from megatron_plasticity.tracking.process import usable_cores
 
 PACKAGES = ("torch", "deepspeed", "transformers")
 """Shown where all is well."""
@@ -102,7 +104,7 @@ def probe(question: Question) -> Findings:
         versions=_versions(),
         code=code_hash(),
         gpus=gpus,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        cores=usable_cores(),
         addresses=_addresses(),
         inputs={path: digest(Path(path)) for path in question.inputs},
         sees_token=question.token is not None and _appears(Path(question.token)),
@@ -118,10 +120,8 @@ def probe(question: Question) -> Findings:
 def code_hash() -> str:
     """SHA-256 of the names and contents of this package's files."""
     root = Path(megatron_plasticity.__file__).parent
-    total = hashlib.sha256()
-    for file in sorted(file for file in root.rglob("*") if file.is_file() and "__pycache__" not in file.parts):
-        total.update(f"{file.relative_to(root)}\0".encode() + hashlib.sha256(file.read_bytes()).digest())
-    return total.hexdigest()
+    files = sorted(file for file in root.rglob("*") if file.is_file() and "__pycache__" not in file.parts)
+    return sha256_files((file.relative_to(root), file) for file in files)
 
 
 def digest(path: Path) -> str | None:

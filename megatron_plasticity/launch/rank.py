@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from megatron_plasticity.errors import LostProcess, UserError
+from megatron_plasticity.errors import LostProcess, UserError, ending_the_process
 from megatron_plasticity.launch.folder import LaunchFolder, RankRecord
 from megatron_plasticity.launch.slurm import check_meeting_place, rank_environment
 from megatron_plasticity.tracking.process import host_name, process_start
@@ -30,12 +30,9 @@ def launched_rank(environment: MutableMapping[str, str], *, trains: bool = False
 
     Ends the process if the launch was stopped before it got here, or has left nothing that can be read.
     """
-    try:
-        if trains:
+    if trains:
+        with ending_the_process():
             check_meeting_place(environment)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
     environment.update(rank_environment(environment))
     # Taken out: what this process starts is no rank of the launch.
     path, rank = environment.pop(LAUNCH_FOLDER, None), environment.get("RANK")
@@ -43,11 +40,8 @@ def launched_rank(environment: MutableMapping[str, str], *, trains: bool = False
         yield
         return
     folder = LaunchFolder(Path(path))
-    try:
+    with ending_the_process(f"error (rank {rank})"):
         environment.update(folder.environment())
-    except UserError as error:
-        print(f"error (rank {rank}): {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
     record = RankRecord(int(rank), host_name(), os.getpid(), process_start(os.getpid()))
     with suppress(OSError):  # a full disk is for the run to report
         folder.record(record)

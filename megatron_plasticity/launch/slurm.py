@@ -198,12 +198,15 @@ def rank_environment(environment: Mapping[str, str]) -> dict[str, str]:
     }
 
 
+def nodes_of_job(environment: Mapping[str, str]) -> list[str]:
+    """Names of the nodes of the job whose variables these are, in Slurm's order."""
+    command = ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+
+
 def meeting_place(environment: Mapping[str, str]) -> dict[str, str]:
     """MASTER_ADDR, MASTER_PORT and SRUN_CPUS_PER_TASK for a step of the job whose variables these are, as BODY sets them."""
-    nodes = subprocess.run(
-        ["scontrol", "show", "hostnames", environment["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True
-    )
-    found = {"MASTER_ADDR": nodes.stdout.split()[0], "MASTER_PORT": str(20000 + int(environment["SLURM_JOB_ID"]) % 10000)}
+    found = {"MASTER_ADDR": nodes_of_job(environment)[0], "MASTER_PORT": str(20000 + int(environment["SLURM_JOB_ID"]) % 10000)}
     if "SLURM_CPUS_PER_TASK" in environment:  # srun does not take it from sbatch any more
         found["SRUN_CPUS_PER_TASK"] = environment["SLURM_CPUS_PER_TASK"]
     return found

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import IO
 
-from megatron_plasticity.errors import UserError
+from megatron_plasticity.errors import UserError, ending_the_process
 from megatron_plasticity.launch.hostfile import Host
 from megatron_plasticity.launch.job import LaunchedJob
 from megatron_plasticity.launch.machines import visible_devices
@@ -37,6 +37,7 @@ from megatron_plasticity.launch.preflight import (
 )
 from megatron_plasticity.launch.probe import Findings
 from megatron_plasticity.launch.remote import Answer
+from megatron_plasticity.launch.slurm import nodes_of_job
 
 _TASKS = re.compile(r"(?P<tasks>\d+)(?:\(x(?P<nodes>\d+)\))?")
 _LABELLED = re.compile(r"\s*(?P<task>\d+): ?(?P<text>.*)")
@@ -145,9 +146,7 @@ def _text(path: Path) -> str:
 
 def preflight(job: LaunchedJob, seconds: float, logs: Path) -> list[Check]:
     """The checks of the run and of the nodes; with an all-reduce if nothing is wrong before."""
-    nodes = subprocess.run(
-        ["scontrol", "show", "hostnames", os.environ["SLURM_JOB_NODELIST"]], capture_output=True, text=True, check=True
-    ).stdout.split()
+    nodes = nodes_of_job(os.environ)
     counts = tasks_per_node(os.environ["SLURM_TASKS_PER_NODE"])
     port = int(os.environ["MASTER_PORT"])
     checks = [run_check(job, sum(counts))]
@@ -166,12 +165,9 @@ def preflight(job: LaunchedJob, seconds: float, logs: Path) -> list[Check]:
 
 def main() -> None:
     seconds, logs, verb, config, *overrides = sys.argv[1:]
-    try:
+    with ending_the_process():
         job = LaunchedJob.load(verb, Path(config), overrides)  # type: ignore[arg-type]  # cli.py knows the verbs
         checks = preflight(job, float(seconds), Path(logs))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
     print(f"preflight\n{table(checks)}", flush=True)
     if not all(check.passed for check in checks):
         print("error: problems were found, see above; the run was not started", file=sys.stderr)

@@ -9,11 +9,10 @@ from __future__ import annotations
 import argparse
 import os
 import signal
-import sys
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_plasticity.errors import UserError
+from megatron_plasticity.errors import UserError, ending_the_process
 from megatron_plasticity.launch.folder import LaunchFolder
 from megatron_plasticity.tracking.process import host_name, is_alive
 
@@ -58,11 +57,8 @@ def main() -> None:
     if arguments.ranks is not None:
         print(*signal_ranks(folder, arguments.ranks))
         return
-    try:
+    with ending_the_process():
         print(stop(folder))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from megatron_plasticity.errors import UserError
+from megatron_plasticity.errors import UserError, ending_the_process
 from megatron_plasticity.training.signals import SIGNALS, raise_interrupted_on_signals
 
 _LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -84,11 +84,9 @@ def _work(target: Callable[..., Any], arguments: tuple[Any, ...], log: str, thre
 
     torch.set_num_threads(threads)
     try:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-        target(*arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
+        with ending_the_process():
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
+            target(*arguments)
     except Exception:
         traceback.print_exc()
         sys.exit(1)

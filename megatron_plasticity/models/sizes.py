@@ -48,6 +48,12 @@ def parameter_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def checkpoint_bytes(config: ModelConfig, weights_only: bool = False) -> int:
+    """Bytes of a checkpoint: fp32 weights and AdamW's two moments. `weights_only`: without moments, or with those of adapters
+    alone, which are too few to count."""
+    return (4 if weights_only else 12) * parameter_count(config).total
+
+
 def parameter_count(config: ModelConfig) -> ParameterCount:
     """Number of parameters, in total and without embedding and head."""
     sizes = {name: math.prod(shape) for name, shape in parameter_shapes(config).items()}

@@ -9,11 +9,10 @@ import argparse
 import contextlib
 import subprocess
 import sys
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_plasticity.errors import UserError
+from megatron_plasticity.errors import UserError, ending_the_process
 from megatron_plasticity.launch.command import deepspeed_command
 from megatron_plasticity.study.backends import SECONDS_TO_STOP
 from megatron_plasticity.study.backends.remote import order
@@ -76,14 +75,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--devices", default="", help="indexes of the ranks' GPUs, with commas between them")
     parsed = parser.parse_args(arguments)
     raise_interrupted_on_signals()
-    try:
+    with ending_the_process():
         run_cell(parsed.folder, parsed.processes, [device for device in parsed.devices.split(",") if device])
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.exit(error.exit_code)
-    except Exception:
-        traceback.print_exc()
-        sys.exit(1)
 
 
 if __name__ == "__main__":

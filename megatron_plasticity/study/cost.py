@@ -19,15 +19,12 @@ from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.config.tasks import TaskConfig
 from megatron_plasticity.config.training import FinetuneConfig, PretrainConfig, TrainingRecipe
 from megatron_plasticity.launch.plan import PEAK_FLOPS, Machine
-from megatron_plasticity.models.sizes import parameter_count, training_flops
+from megatron_plasticity.models.sizes import checkpoint_bytes, training_flops
 from megatron_plasticity.study.plan import PlannedCell, StudyPlan
 from megatron_plasticity.study.task_sizes import TaskSize, task_size
 
 SAMPLING = 0.1
 """Assumed share of the training's MFU that sampling reaches: each step reads all weights for one token of each sequence."""
-_CHECKPOINT = 12
-"""Bytes per parameter: fp32 weights and two moments."""
-_WEIGHTS = 4
 _DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -83,7 +80,7 @@ class Costs:
         if isinstance(config, PretrainConfig):
             return self._pretraining(config)
         if isinstance(config, ImportConfig):
-            return Cost(1, disk=None if model is None else _WEIGHTS * parameter_count(model).total)
+            return Cost(1, disk=None if model is None else checkpoint_bytes(model, weights_only=True))
         if isinstance(config, FinetuneConfig):
             return self._finetuning(config, model)
         if isinstance(config, EvaluateConfig):
@@ -93,7 +90,7 @@ class Costs:
     def _pretraining(self, config: PretrainConfig) -> Cost:
         tokens = config.total_steps * config.tokens_per_step
         flops = training_flops(config.model, tokens, tokens * config.model.context_length)
-        disk = _checkpoints(config, config.total_steps) * _CHECKPOINT * parameter_count(config.model).total
+        disk = config.checkpoint.count(config.total_steps) * checkpoint_bytes(config.model)
         disk += dump_bytes(config.capture, config.model, config.total_steps)
         return Cost(1, tokens, flops, self._hours(flops, config), disk)
 
@@ -102,11 +99,12 @@ class Costs:
         tokens = None if steps is None else steps * config.batch.global_batch_size * config.max_length
         if model is None:
             return Cost(1, tokens, None, None, None)
-        stored = parameter_count(model).total * (_WEIGHTS if config.lora else _CHECKPOINT)
         flops = None if tokens is None else training_flops(model, tokens, tokens * config.max_length)
         if flops is not None and config.lora:
             flops = flops * 2 / 3  # the gradients of frozen weights are not computed
-        disk = stored * _checkpoints(config, steps) if steps is not None or config.checkpoint.every_steps is None else None
+        disk = None
+        if steps is not None or config.checkpoint.every_steps is None:
+            disk = config.checkpoint.count(steps or 0) * checkpoint_bytes(model, weights_only=config.lora is not None)
         if disk is not None and steps is not None:
             disk += dump_bytes(config.capture, model, steps)
         return Cost(1, tokens, flops, None if flops is None else self._hours(flops, config), disk)
@@ -137,12 +135,6 @@ class Costs:
         while cell.parent is not None:
             cell = self._cells[cell.parent]
         return cell.config.model if isinstance(cell.config, PretrainConfig) else None
-
-
-def _checkpoints(recipe: TrainingRecipe, steps: int | None) -> int:
-    """How many a run writes: all are kept."""
-    every = recipe.checkpoint.every_steps
-    return 1 if every is None or steps is None else -(-steps // every)
 
 
 def dump_bytes(capture: CaptureConfig | None, model: ModelConfig, steps: int) -> float:

@@ -6,12 +6,12 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, TextIO
 
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.study.plan import PlannedCell, StudyPlan
+from megatron_plasticity.study.retries import read_state
 from megatron_plasticity.study.under_way import extrapolated, progress_text
 from megatron_plasticity.tracking.progress import format_duration
 from megatron_plasticity.tracking.run_folder import RunFolder, RunState
@@ -79,7 +79,7 @@ class StudyDisplay:
         self._say(f"{cell.id} gave no sign of life for {minutes:g} minutes: it is ended; log: {cell.folder / 'log'}")
 
     def refresh(self, running: Sequence[PlannedCell], done: Collection[str], failed: Mapping[str, str]) -> None:
-        states = [(cell, state) for cell in running if (state := _state(cell)) is not None]
+        states = [(cell, state) for cell in running if (state := read_state(cell)) is not None]
         left = self._seconds_left(states, running, done, failed)
         if self._live is not None:
             self._live.update(self._view(states, left))
@@ -116,7 +116,7 @@ class StudyDisplay:
             print(text, file=self._stream, flush=True)
 
     def _note_duration(self, cell: PlannedCell) -> None:
-        state = _state(cell)
+        state = read_state(cell)
         if state is not None and state.started is not None and state.finished is not None:
             self._seconds_of_kind[cell.kind].append(state.finished - state.started)
 
@@ -151,13 +151,6 @@ class StudyDisplay:
             else:
                 return None
         return work / len(running)
-
-
-def _state(cell: PlannedCell) -> RunState | None:
-    with suppress(UserError):
-        if (cell.folder / "state.json").is_file():
-            return RunFolder.open(cell.folder).state
-    return None
 
 
 def _left_text(seconds: float | None) -> str:

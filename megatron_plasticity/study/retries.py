@@ -128,8 +128,8 @@ class Retries:
 
 def latest_step(cell: PlannedCell) -> int:
     """Step of the latest checkpoint in the run folder, 0 without one."""
-    steps = (path.name.removeprefix("step-") for path in (cell.folder / "checkpoints").glob("step-*"))
-    return max((int(step) for step in steps if step.isdecimal()), default=0)
+    found = RunFolder(cell.folder).checkpoints()
+    return int(found[-1].name.removeprefix("step-")) if found else 0
 
 
 def read_state(cell: PlannedCell) -> RunState | None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from megatron_plasticity.errors import UserError
+from megatron_plasticity.study.backends.slurm_queue import read_submitted
 from megatron_plasticity.study.claim import living_runner
 from megatron_plasticity.study.under_way import extrapolated, progress_text
 from megatron_plasticity.tracking.progress import format_duration
@@ -122,9 +123,9 @@ def read_status(folder: Path) -> StudyStatus:
 def _submitted(folder: Path, entries: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     """Run → its job in Slurm, as the runner left it there: jobs outlive their runner. Of runs that failed, nothing."""
     try:
-        arrays = json.loads((folder / "slurm.json").read_text(encoding="utf-8"))["arrays"]
+        arrays = read_submitted(folder)
         jobs = {name: f"job {a['job']}_{index}" for a in arrays if a["job"] for index, name in enumerate(a["folders"])}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (UserError, KeyError, TypeError):
         return {}
     here = {entry["id"]: folder / entry["folder"] for entry in entries}
     return {id: f"{jobs[run.name]}, as it was submitted" for id, run in here.items() if run.name in jobs and not _failed(run)}

@@ -1,4 +1,4 @@
-"""Whether the process that a file speaks of still lives on this host."""
+"""This host: its name, the cores that we may use, and whether the process that a file speaks of still lives on it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from pathlib import Path
 def host_name() -> str:
     """Name of this machine, as written into `state.json`."""
     return socket.gethostname()
+
+
+def usable_cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def process_start(pid: int) -> int | None:

@@ -65,7 +65,8 @@ class TrainingSession:
                 callback.before_checkpoint()
             self.save(step)
 
-        rows = read_metrics(self.folder.metrics_path)
+        # Losses are compared, and rows written, by the main process alone.
+        rows = read_metrics(self.folder.metrics_path) if self.engine.grid.is_main else []
         losses = [row["train/loss"] for row in rows if "train/loss" in row]
         # The main process's word, since only it has cut the file to the steps that are in the weights.
         skipped = self.engine.grid.from_main([row["step"] for row in rows if SKIPPED in row])

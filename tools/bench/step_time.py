@@ -20,7 +20,6 @@ import itertools
 import json
 import math
 import os
-import socket
 import statistics
 import sys
 import tempfile
@@ -41,7 +40,8 @@ from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.config.parallel import ParallelConfig
 from megatron_plasticity.config.training import BatchConfig, EngineConfig, OptimizerConfig, TrainingRecipe
 from megatron_plasticity.data.micro_batch import MicroBatch
-from megatron_plasticity.errors import UserError
+from megatron_plasticity.errors import UserError, ending_the_process
+from megatron_plasticity.launch.command import free_port
 from megatron_plasticity.launch.cost import StepTime, step_time
 from megatron_plasticity.launch.hardware import Group
 from megatron_plasticity.launch.operations import Attention, Axis, Exchange, Matmul, Sweep, operations, step_work
@@ -588,7 +588,7 @@ def _line(row: Row) -> str:
 def _launch(case: Case, steps: int, patience: float, folder: Path) -> Row:
     context = worker_context(["megatron_plasticity.training.pretrain"], cuda=False)
     log, result = folder / "log", folder / "row.json"
-    shared = {"WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    shared = {"WORLD_SIZE": str(case.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     ranks = [
         start_worker(
             context,
@@ -618,15 +618,6 @@ def _launch(case: Case, steps: int, patience: float, folder: Path) -> Row:
     return row
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
 if __name__ == "__main__":
-    try:
+    with ending_the_process():
         sys.exit(main())
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)

@@ -23,6 +23,7 @@ from megatron_plasticity.launch.doctor.facts import (
     SharedMemory,
 )
 from megatron_plasticity.launch.doctor.probing import within
+from megatron_plasticity.tracking.process import usable_cores
 
 _SYS = Path("/sys")
 _PROC = Path("/proc")
@@ -39,7 +40,7 @@ def processor() -> Processor:
     return Processor(
         name=names[0].partition(":")[2].strip() if names else platform.machine(),
         logical=os.cpu_count() or 1,
-        usable=len(os.sched_getaffinity(0)),
+        usable=usable_cores(),
         quota=_cpu_quota(),
     )
 

@@ -19,7 +19,7 @@ from megatron_plasticity.study.cell import run_cell
 from megatron_plasticity.study.jobs import JOB_MODULES
 from megatron_plasticity.study.plan import PlannedCell
 from megatron_plasticity.study.recipes import study_device
-from megatron_plasticity.tracking.process import host_name
+from megatron_plasticity.tracking.process import host_name, usable_cores
 from megatron_plasticity.training.signals import StopSignal
 
 _SECONDS_BETWEEN_LOOKS = 0.5
@@ -72,7 +72,7 @@ class LocalBackend:
                 f"{len(devices)} GPUs that are visible; lower resources.slots or resources.processes_per_run"
             )
         ranks = resources.processes_per_run
-        count = resources.slots or places or max(1, cores() // (resources.threads * ranks))
+        count = resources.slots or places or max(1, usable_cores() // (resources.threads * ranks))
         return cls(count, resources.threads, devices, ranks, study_workers(resources.threads, cuda=bool(devices)))
 
     def check(self, folder: Path) -> None:
@@ -124,7 +124,7 @@ def run_alone(
     context: BaseContext, name: str, target: Callable[..., Any], arguments: tuple[Any, ...], log: Path, stop: StopSignal
 ) -> None:
     """Run one job on this machine to its end while nothing else runs. Raises UserError with the end of its log if it fails."""
-    process = start_worker(context, target, arguments, name=name, log=log, threads=cores())
+    process = start_worker(context, target, arguments, name=name, log=log, threads=usable_cores())
     seen = log.stat().st_size if log.exists() else 0
     while process.exitcode is None:
         wait([process.sentinel], timeout=_SECONDS_BETWEEN_LOOKS)
@@ -137,11 +137,6 @@ def run_alone(
         text = log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
         end = "\n".join(text.splitlines()[-5:])
         raise UserError(f"{name}: failed with exit code {process.exitcode}; see {log}\n{end}")
-
-
-def cores() -> int:
-    """CPU cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def gpu_gibibytes(config: StudyConfig) -> float | None:

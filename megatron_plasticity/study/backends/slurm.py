@@ -8,7 +8,6 @@ what lost its node. `study cancel` takes everything out of the queue.
 from __future__ import annotations
 
 import itertools
-import json
 import shlex
 import sys
 import time
@@ -22,13 +21,21 @@ from megatron_plasticity.config.study import ResourcesConfig, StudyConfig
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.launch.slurm import directives
 from megatron_plasticity.study.backends import Ended, Job
-from megatron_plasticity.study.backends.slurm_queue import Element, Finished, InQueue, SlurmIsAway, SlurmIsFull, SlurmQueue
+from megatron_plasticity.study.backends.slurm_queue import (
+    SUBMITTED_FILE,
+    Element,
+    Finished,
+    InQueue,
+    SlurmIsAway,
+    SlurmIsFull,
+    SlurmQueue,
+    read_submitted,
+)
 from megatron_plasticity.study.cell import is_launched
 from megatron_plasticity.study.plan import PlannedCell
 from megatron_plasticity.study.recipes import study_device, study_folder
 from megatron_plasticity.study.retries import read_state
 
-SUBMITTED_FILE = "slurm.json"
 SCRIPTS_FOLDER = "slurm"
 _SECONDS_BETWEEN_QUERIES = 10.0
 _SECONDS_AFTER_A_REFUSAL = 60.0
@@ -96,12 +103,8 @@ class SlurmBackend:
 
     @classmethod
     def of(cls, config: StudyConfig) -> SlurmBackend:
-        """Raises UserError if Slurm is not there, or if runs with GPUs are not told how many a node has."""
+        """Raises UserError if Slurm is not there. How many GPUs a node has was asked before (`study/check.py`)."""
         with_gpus = study_device(config) != "cpu"
-        if with_gpus and config.resources.slurm.gpus_per_node is None:
-            raise UserError(
-                "resources.slurm.gpus_per_node: state how many GPUs a node has; a study without GPUs says device: cpu in `base`"
-            )
         return cls(study_folder(config).absolute(), config.name, config.resources, with_gpus, SlurmQueue.find())
 
     def check(self, folder: Path) -> None:
@@ -332,20 +335,6 @@ def _ended(finished: Finished) -> Ended:
     if state in _LOST:
         return Ended(None, f"Slurm ended its job: {state}", lost=True)
     return Ended(finished.exit_code or 1)
-
-
-def read_submitted(folder: Path) -> list[dict[str, Any]]:
-    """The arrays that were submitted for the study in `folder` and may be in the queue: `number`, `name`, `job` (None if it was
-    not noted in time), `kind`, and `folders`, the names of the run folders of its elements."""
-    try:
-        return list(json.loads((folder / SUBMITTED_FILE).read_text(encoding="utf-8"))["arrays"])
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder / SUBMITTED_FILE}: cannot be read ({type(error).__name__}: {error}); see `squeue --me` for jobs of the "
-            "study, cancel them, and delete the file"
-        ) from None
 
 
 def cancel_submitted(folder: Path) -> Iterator[str]:

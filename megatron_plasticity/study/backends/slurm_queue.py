@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import getpass
+import json
 import re
 import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from megatron_plasticity.errors import UserError
 
@@ -18,6 +20,9 @@ _PASSING = re.compile(r"timed out|Unable to contact|Connection refused|temporari
 # More jobs than a user, an account or an array may have: fewer may be taken, or these later.
 _FULL = re.compile(r"MaxSubmit|job submit limit|Invalid job array specification", re.I)
 _ELEMENT = re.compile(r"(?P<job>\d+)_(?P<index>\d+)")
+
+SUBMITTED_FILE = "slurm.json"
+"""In the study's folder: what was submitted for it."""
 
 
 @dataclass(frozen=True)
@@ -134,3 +139,17 @@ class SlurmQueue:
         if program == "sbatch" and _FULL.search(ended.stderr):
             raise SlurmIsFull(said)
         raise UserError(f"{program} {' '.join(arguments)}: {said}")
+
+
+def read_submitted(folder: Path) -> list[dict[str, Any]]:
+    """The arrays that were submitted for the study in `folder` and may be in the queue: `number`, `name`, `job` (None if it was
+    not noted in time), `kind`, and `folders`, the names of the run folders of its elements."""
+    try:
+        return list(json.loads((folder / SUBMITTED_FILE).read_text(encoding="utf-8"))["arrays"])
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder / SUBMITTED_FILE}: cannot be read ({type(error).__name__}: {error}); see `squeue --me` for jobs of the "
+            "study, cancel them, and delete the file"
+        ) from None

@@ -10,7 +10,7 @@ from megatron_plasticity.analysis.paired_losses import SequenceLosses
 from megatron_plasticity.analysis.plasticity import GridPoint, ScoreCurve, TaskOutcome, plasticity, score_curves
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.study.results import BaseModel, CheckpointScores, Group, Outcome
-from megatron_plasticity.study.scores import Estimate, bootstrap_settings, estimate
+from megatron_plasticity.study.scores import Estimate, TaskScores, bootstrap_settings, estimate
 
 MEAN = "mean of tasks"
 _KEPT = ("seen_losses", "held_out_losses", "seen_blocks", "held_out_blocks")
@@ -170,16 +170,21 @@ def _task_outcomes(scores: BaseModel | CheckpointScores, outcomes: Sequence[Outc
         tuned, base = scores.finetuned_scores.get(outcome.name), scores.base_scores.get(outcome.task)
         if tuned is not None and tuned.greedy_correct:
             asked = base if base is not None and base.greedy_correct else None
-            found[outcome.name] = TaskOutcome(
-                tuned.greedy_correct,
-                asked.greedy_correct if asked else None,
-                tuned.questions_sha256,
-                asked.questions_sha256 if asked else None,
-                tuned.strata,
-                outcome.task,
-                outcome.variant,
-            )
+            found[outcome.name] = task_outcome(tuned, asked, outcome.task, outcome.variant)
     return found
+
+
+def task_outcome(tuned: TaskScores, base: TaskScores | None, task: str, variant: str = "") -> TaskOutcome:
+    """Correctness per question of a fine-tuned model, and of its base model if that was asked."""
+    return TaskOutcome(
+        tuned.greedy_correct,
+        base.greedy_correct if base else None,
+        tuned.questions_sha256,
+        base.questions_sha256 if base else None,
+        tuned.strata,
+        task,
+        variant,
+    )
 
 
 def sequence_losses(model: BaseModel) -> SequenceLosses | None:

@@ -29,7 +29,7 @@ from megatron_plasticity.analysis.plasticity import (
 from megatron_plasticity.study.report.comparison.common import Common, SharedOutcome
 from megatron_plasticity.study.report.comparison.groups import ComparedGroup, Study
 from megatron_plasticity.study.report.comparison.terms import Evaluated, Terms
-from megatron_plasticity.study.report.findings import sequence_losses
+from megatron_plasticity.study.report.findings import sequence_losses, task_outcome
 from megatron_plasticity.study.scores import Estimate, TaskScores, average_over_seeds, bootstrap_settings, estimate
 
 
@@ -209,14 +209,7 @@ def _answers(
     scores = averaged(runs, settings)
     judged = next(iter(runs.values())).judged
     before = next((run.scores for run in base if run.task == outcome.task and run.judged == judged), None)
-    return TaskOutcome(
-        scores.greedy_correct,
-        before.greedy_correct if before else None,
-        scores.questions_sha256,
-        before.questions_sha256 if before else None,
-        scores.strata,
-        outcome.task,
-    )
+    return task_outcome(scores, before, outcome.task)
 
 
 def averaged(runs: Mapping[str, Evaluated], settings: tuple[int, int]) -> TaskScores:
