@@ -155,12 +155,14 @@ def spoil_loss(step: int, rank: int) -> None:
     """On one rank the loss of one sequence is not a number in one step, also when it is looked at again."""
     import torch
 
+    from megatron_plasticity.models.loss import TrainingLoss
     from megatron_plasticity.training.engine import TrainingEngine
+    from megatron_plasticity.training.objective import Objective
 
     if int(os.environ.get("RANK", "0")) != rank:
         return
     steps = 0
-    true_train, true_loss = TrainingEngine.train_batch, TrainingEngine._scaled_loss
+    true_train, true_loss = TrainingEngine.train_batch, Objective.loss
     spoilt: list[Any] = []
 
     def train_batch(self: TrainingEngine, batch: Any) -> Any:
@@ -170,14 +172,15 @@ def spoil_loss(step: int, rank: int) -> None:
             spoilt.append(batch.micro_batches[0].targets[-1])
         return true_train(self, batch)
 
-    def scaled_loss(self: TrainingEngine, losses: Any, targets: Any) -> Any:
-        factor = torch.ones(len(targets), 1)
+    def loss(self: Objective, hidden: Any, weight: Any, targets: Any, *others: Any) -> TrainingLoss:
+        factor = torch.ones(())
         for row in spoilt:
-            factor[(targets == row).all(dim=-1)] = math.nan
-        return true_loss(self, losses._replace(cross_entropy=losses.cross_entropy * factor), targets)
+            if (targets == row).all(dim=-1).any():
+                factor = factor * math.nan
+        return TrainingLoss(*(part * factor for part in true_loss(self, hidden, weight, targets, *others)))
 
     TrainingEngine.train_batch = train_batch  # type: ignore[method-assign]
-    TrainingEngine._scaled_loss = scaled_loss  # type: ignore[method-assign]
+    Objective.loss = loss  # type: ignore[method-assign,assignment]
 
 
 def spike(step: int) -> None:

@@ -22,4 +22,12 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same on `device`."""
-        return MicroBatch(self.inputs.to(device), self.targets.to(device), self.segments)
+        return MicroBatch(to_device(self.inputs, device), to_device(self.targets, device), self.segments)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same on `device`. On its way to a GPU from pinned memory, since otherwise the process would wait for all work that the
+    GPU still has to do."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

@@ -36,7 +36,8 @@ _ZERO_DEFAULTS = {
 }
 _ALL_REDUCE = 5e8  # its MEMORY_OPT_ALLREDUCE_SIZE, which no setting changes
 
-# Elements of logits that the loss takes at once (`models/loss.py`).
+# Rows of logits that there are at once, and elements of them that are worked on in fp32 at once (`models/loss.py`).
+_LOSS_ROWS: dict[Device, int] = {"cpu": 1024, "cuda": 4096}
 _LOSS_PIECE: dict[Device, int] = {"cpu": 2**17, "cuda": 2**26}
 
 
@@ -55,7 +56,7 @@ class Memory:
     activations: float = 0.0
     """What is kept for the backward pass, and what the backward pass makes on its way."""
     loss: float = 0.0
-    """Logits, their gradient, and what the cross-entropy makes beside them."""
+    """Some rows of logits, what the cross-entropy makes beside them, and the gradients that it computes at once."""
 
     @property
     def total(self) -> float:
@@ -158,7 +159,7 @@ class _Stage:
         earlier, all_outputs = self._earlier_outputs(1), self._earlier_outputs(0)
         backward = states + earlier + self._held() + self._kept()
         moments = {
-            "backward pass begins": backward + self._loss(),
+            "loss": backward + self._loss(),
             "backward pass in the head": backward + self._backward_of_the_head(),
             "backward pass in the last layer": backward + self._backward_of_a_layer(self.layers),
             "backward pass in the first layer": backward + self._backward_of_a_layer(1),
@@ -291,12 +292,12 @@ class _Stage:
         return Memory(buffers=self.residual * ((not self.is_first) + (not self.is_last)))
 
     def _earlier_outputs(self, overwritten: int) -> Memory:
-        """The last stage has two slots, and keeps in each the logits, input and input's gradient of an earlier micro-batch until
+        """The last stage has two slots, and keeps in each the output, input and input's gradient of an earlier micro-batch until
         the slot is used again; `overwritten` of them are not there."""
         if self.recipe.parallel.pipeline == 1 or not self.is_last:
             return Memory()
         slots = min(2, self.accumulation) - overwritten
-        return Memory(activations=slots * 2 * self.residual, loss=slots * self.bytes * self._logits)
+        return Memory(activations=slots * 3 * self.residual)
 
     # --- Activations: what the backward pass will read, in the order of `models/transformer.py`.
 
@@ -367,26 +368,34 @@ class _Stage:
         return self.sizes.get(HEAD, self.sizes.get(TOKEN_EMBEDDING, 0)) if self.is_last else 0
 
     def _backward_of_the_head(self) -> Memory:
-        """The gradient of the logits becomes those of the head and of its input; with a pipeline the logits are still there."""
+        """The gradients that were computed with the loss are scaled, and that of the head cast."""
         if not self.is_last:
             return Memory()
         final = self._norm(self.model.hidden_size, self.residual_tokens) + self.residual
-        logits = self.bytes * self._logits * (2 if self.recipe.parallel.pipeline > 1 else 1)
-        gradient = self.bytes * self._head_size
-        return Memory(gradients=gradient, activations=final + self.bytes * self.tokens * self.model.hidden_size, loss=logits)
+        if self.recipe.parallel.pipeline > 1:
+            final += self.residual  # what the head has read is the stage's output
+        summed = 0 if self._gradient_of_the_head == self.bytes else self._gradient_of_the_head * self._head_size
+        return Memory(gradients=self.bytes * self._head_size, activations=final + self.residual, loss=summed)
 
     def _loss(self) -> Memory:
-        """Final norm, logits, their gradient, and the pieces in which the cross-entropy works in fp32 (`models/loss.py`)."""
+        """Final norm, what the head reads and its gradient, the head's gradient, and the last rows of logits: as logits, as their
+        gradient, and in the pieces in which the cross-entropy works in fp32 (`models/loss.py`)."""
         if not self.is_last:
             return Memory()
-        model, logits = self.model, self._logits
-        piece = min(logits, max(_LOSS_PIECE[self.device], logits / self.tokens))
-        # The piece before, this one, and in bf16 its logits in fp32.
-        pieces = (2 if piece < logits else 1) + (1 if self.bytes < FP32 else 0)
-        final = self._norm(model.hidden_size, self.residual_tokens) + self.residual
-        return Memory(activations=final, loss=2 * self.bytes * logits + pieces * FP32 * piece)
+        model, vocabulary = self.model, self.model.vocab_size / self.recipe.parallel.tensor
+        whole = self.bytes * self.tokens * model.hidden_size
+        read = self._norm(model.hidden_size, self.residual_tokens) + self.residual + self.residual
+        if self.recipe.parallel.sequence:
+            read += whole
+        logits = min(self.tokens, _LOSS_ROWS[self.device]) * vocabulary
+        piece = min(logits, max(_LOSS_PIECE[self.device], vocabulary))
+        working = FP32 * piece * (2 if self.bytes < FP32 else 1)
+        if self._gradient_of_the_head > self.bytes and self.device == "cpu":
+            working = max(working, self.bytes * self._head_size)  # the product that is added to the sum
+        gradients = whole + self._gradient_of_the_head * self._head_size
+        return Memory(activations=read, loss=self.bytes * logits + working + gradients)
 
     @property
-    def _logits(self) -> float:
-        """Elements of a micro-batch's logits on one rank."""
-        return self.tokens * self.model.vocab_size / self.recipe.parallel.tensor
+    def _gradient_of_the_head(self) -> int:
+        """Bytes of a number in which the gradient of the head's matrix is summed up over rows of logits, if there are several."""
+        return FP32 if self.tokens > _LOSS_ROWS[self.device] else self.bytes

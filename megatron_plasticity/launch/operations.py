@@ -23,7 +23,8 @@ Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
 Axis = Literal["tensor", "data", "pipeline"]
 Role = Literal["forward", "input", "weight"]
 
-_LOSS_PIECE = 2**26  # elements of logits that the loss takes at once on a GPU (`models/loss.py`)
+# On a GPU: rows of logits that there are at once, and elements of them that are worked on in fp32 at once (`models/loss.py`).
+_LOSS_ROWS, _LOSS_PIECE = 4096, 2**26
 # DeepSpeed's defaults in elements, by their names under `zero_optimization`.
 _REUSE_DISTANCE = 1e9  # stage3_max_reuse_distance
 _PERSISTENT = 1e5  # stage3_param_persistence_threshold
@@ -142,14 +143,14 @@ class Kernels:
     blocks: bool = False
     """Norm and residual, rotary embedding, SwiGLU: one kernel each, as `engine.compile` makes them."""
     loss: bool = False
-    """The loss reads the logits once, and once more to turn them into their gradient (Liger, apex). Ours does not."""
+    """The loss reads the logits once, and once more to turn them into their gradient, as with `engine.compile`."""
     projections: bool = False
     """Projections that share an input are one product. Ours are not."""
 
     @classmethod
     def of(cls, recipe: TrainingRecipe) -> Kernels:
         """Those of our code."""
-        return cls(blocks=recipe.engine.compile)
+        return cls(blocks=recipe.engine.compile, loss=recipe.engine.compile)
 
 
 FUSED = Kernels(blocks=True, loss=True, projections=True)
@@ -414,34 +415,40 @@ class _Stage:
         size = element * width * (self.vocabulary + 3 * self.tokens)
         return [*self._combine_backward(), Sweep("embedding backward", size, 4, self.tokens * width, width)]
 
-    @property
-    def _logits(self) -> float:
-        return float(self.tokens) * self.vocabulary
-
-    @property
-    def _loss_pieces(self) -> int:
-        return math.ceil(self._logits / _LOSS_PIECE)
-
     def _head_forward(self) -> list[Work]:
-        """Logits, and their log-sum-exp: a cast to fp32, maximum, difference, exponential and sum."""
-        head = Matmul(self.tokens, self.vocabulary, self.model.hidden_size, self.element)
-        cast = self.element + FP32 if self.element < FP32 else 0
-        each, kernels = (self.element, 1) if self.kernels.loss else (cast + 6 * FP32, 6)
-        loss = Sweep("loss", each * self._logits, kernels * self._loss_pieces, self._logits, self.vocabulary)
-        work: list[Work] = [*self._gather_sequence(), head, loss]
+        """Rows of logits, a piece at a time: their log-sum-exp (a cast to fp32, maximum, difference, exponential and sum), their
+        gradient (a cast, difference, exponential, product, and a cast back), and through the head to the gradients of its input
+        and of its matrix, which is summed up in fp32."""
+        hidden, vocabulary, element = self.model.hidden_size, self.vocabulary, self.element
+        pieces = math.ceil(self.tokens / _LOSS_ROWS)
+        rows = math.ceil(self.tokens / pieces)
+        logits = float(rows) * vocabulary
+        cast = element + FP32 if element < FP32 else 0
+        if self.kernels.loss:
+            bytes, kernels = (element, 2 * element), 1
+        else:
+            bytes, kernels = (cast + 6 * FP32, 2 * max(cast, FP32) + 6 * FP32), 6 * math.ceil(logits / _LOSS_PIECE)
+        partition: list[Work] = [Sweep("loss", bytes[0] * logits, kernels, logits, vocabulary)]
         if self.tensor > 1:
-            work += [
-                Exchange("all_reduce", "tensor", FP32 * self.tokens),
-                Exchange("all_reduce", "tensor", 2 * FP32 * self.tokens),
+            partition += [
+                Exchange("all_reduce", "tensor", FP32 * rows),
+                Exchange("all_reduce", "tensor", 2 * FP32 * rows),
             ]
-        return work
+        piece: list[Work] = [
+            Matmul(rows, vocabulary, hidden, element),
+            *partition,
+            Sweep("loss gradient", bytes[1] * logits, kernels, logits, vocabulary),
+            Matmul(rows, hidden, vocabulary, element, "input"),
+            Matmul(vocabulary, hidden, rows, element, "weight"),
+        ]
+        if pieces > 1:  # the sum is read and written
+            piece.append(Sweep("accumulate", 2 * FP32 * hidden * vocabulary))
+        return [*self._gather_sequence(), Repeated(pieces, tuple(piece)), *self._combine()]
 
     def _head_backward(self) -> list[Work]:
-        """The logits' gradient: a cast, difference, exponential, product, and a cast back; then through the head."""
-        cast = self.element + FP32 if self.element < FP32 else 0
-        each, kernels = (2 * self.element, 1) if self.kernels.loss else (2 * max(cast, FP32) + 6 * FP32, 6)
-        gradient = Sweep("loss backward", each * self._logits, kernels * self._loss_pieces, self._logits, self.vocabulary)
-        return [gradient, *self._columns_backward((self.vocabulary,))]
+        """Both gradients are there; they are scaled, and that of the matrix is cast."""
+        inputs = self.residual_tokens * self.model.hidden_size
+        return [self._copy(inputs), self._copy(self.model.hidden_size * self.vocabulary)]
 
     # --- What DeepSpeed does with gradients and weights.
 

@@ -10,8 +10,8 @@ part. Names are the same in every case.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
-from typing import Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -129,6 +129,10 @@ class Block(nn.Module):
         return self.resid_post(x + self.mlp_norm(self.mlp(x)))
 
 
+HeadResult = Callable[[Tensor, Tensor, TensorRanks], Any]
+"""What is made of a hidden state [B, S, d] (or this rank's positions) and this rank's part of the head's matrix."""
+
+
 class Head(nn.Module):
     """Hidden state → logits (under tensor parallelism of this rank's part of the vocabulary), with a matrix of its own, or with
     the token embedding's if they are tied."""
@@ -139,9 +143,13 @@ class Head(nn.Module):
         rows = config.vocab_size // ranks.size
         self.weight = None if config.tied_embeddings else nn.Parameter(torch.empty(rows, config.hidden_size))
 
-    def forward(self, x: Tensor, embedding: Tensor | None) -> Tensor:
-        weight = embedding if self.weight is None else self.weight
+    def forward(self, x: Tensor, weight: Tensor | None = None, result: HeadResult | None = None) -> Any:
+        """Logits of x, or what `result` makes of x and the matrix. It must do so in here: ZeRO 3 has the matrix only while this
+        runs. `weight` goes before the head's own."""
+        weight = self.weight if weight is None else weight
         assert weight is not None, "tied embeddings put the token embedding on the head's stage too"
+        if result is not None:
+            return result(x, weight, self.ranks)
         return F.linear(x, weight) if self.ranks.size == 1 else column_parallel(x, (weight,), (1,), self.ranks)[0]
 
 
@@ -179,6 +187,12 @@ class Transformer(nn.Module):
             for name, parameter in self.named_parameters():
                 # DeepSpeed's sign that a parameter counts in the gradient norm beside those of the first rank.
                 parameter.tensor_model_parallel = self.sharding(name).is_first_copy(ranks.rank)  # type: ignore[attr-defined]
+
+    def use_attention(self, backend: AttentionBackend) -> None:
+        """Let all blocks attend by this backend from now on."""
+        check_backend(backend)
+        for block in self.layers:
+            block.attn.backend = backend
 
     def compile_blocks(self) -> None:
         """Compile each block when it first runs. Hooks inside a compiled block are not called (see `as_written`)."""
@@ -223,6 +237,22 @@ class Transformer(nn.Module):
         it. With sequence parallelism it has this rank's positions only, [B, S / ranks.size, d]; under tensor parallelism logits
         are those of this rank's part of the vocabulary.
         """
+        x = self.hidden(tokens, cache, positions, segments)
+        return self.head(x, self.tied_weight) if self.is_last_stage else x
+
+    @property
+    def tied_weight(self) -> Tensor | None:
+        """What the head uses if it has no matrix of its own."""
+        return self.embed.weight if self.config.tied_embeddings else None
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        cache: CacheView | None = None,
+        positions: Literal["all", "last"] = "all",
+        segments: Segments | None = None,
+    ) -> Tensor:
+        """What the head reads [B, S, d], or before the last stage the residual stream; arguments as of `forward`."""
         if segments is not None:
             cos, sin = self.rotary.restarting(segments, tokens.device)
             mask = segments
@@ -245,7 +275,7 @@ class Transformer(nn.Module):
         if positions == "last":
             assert not self.ranks.sequence, "the last position lies on one rank"
             x = x[:, -1:]
-        return self.head(self.final_norm(x), self.embed.weight if self.config.tied_embeddings else None)
+        return self.final_norm(x)
 
 
 def local_model(config: ModelConfig, grid: ProcessGrid) -> Transformer:

@@ -77,6 +77,19 @@ def combine(partial: Tensor, ranks: TensorRanks) -> Tensor:
     return partial if ranks.size == 1 else _Combine.apply(partial, ranks)
 
 
+def gather_sequence(x: Tensor, ranks: TensorRanks) -> Tensor:
+    """[B, S/size, d] of each rank → [B, S, d], without a gradient."""
+    return _Gathering(x, ranks).result()
+
+
+def sum_over_ranks(partial: Tensor, ranks: TensorRanks) -> Tensor:
+    """As `combine`, without a gradient, and without sequence parallelism in place."""
+    if ranks.sequence:
+        return _Scattering(partial, ranks).result()
+    ranks.all_reduce(partial)
+    return partial
+
+
 class RMSNorm(nn.RMSNorm):
     """RMSNorm of a residual stream. The gain is whole on every rank; where each sees only its positions of the sequence, the
     gain's gradient is summed over the ranks."""
@@ -136,7 +149,7 @@ class _ColumnParallel(torch.autograd.Function):
         # The split input is kept, not the gathered one: gathering again costs less than the memory would.
         ctx.save_for_backward(x, *weights)
         ctx.ranks, ctx.copies = ranks, copies
-        whole = _gather_sequence(x, ranks) if ranks.sequence else x
+        whole = gather_sequence(x, ranks) if ranks.sequence else x
         return tuple(F.linear(whole, weight) for weight in weights)
 
     @staticmethod
@@ -168,16 +181,14 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, partial: Tensor, ranks: TensorRanks) -> Tensor:
         ctx.ranks = ranks
-        if ranks.sequence:
-            return _Scattering(partial, ranks).result()
-        ctx.mark_dirty(partial)  # in place: nobody else reads what a matrix has just computed
-        ranks.all_reduce(partial)
-        return partial
+        if not ranks.sequence:
+            ctx.mark_dirty(partial)  # in place: nobody else reads what a matrix has just computed
+        return sum_over_ranks(partial, ranks)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
-        return (_gather_sequence(gradient, ctx.ranks) if ctx.ranks.sequence else gradient), None
+        return (gather_sequence(gradient, ctx.ranks) if ctx.ranks.sequence else gradient), None
 
 
 class _SumGradientOverCopies(torch.autograd.Function):
@@ -235,7 +246,3 @@ class _Scattering:
     def result(self) -> Tensor:
         self._work.wait()
         return self._result
-
-
-def _gather_sequence(x: Tensor, ranks: TensorRanks) -> Tensor:
-    return _Gathering(x, ranks).result()

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from megatron_plasticity.config.deepspeed import accumulation_steps, deepspeed_json, effective_zero_stage
+from megatron_plasticity.config.deepspeed import accumulation_steps, deepspeed_json, effective_zero_stage, offloads_optimizer
 from megatron_plasticity.config.training import TrainingRecipe
-from megatron_plasticity.data.micro_batch import MicroBatch
+from megatron_plasticity.data.micro_batch import MicroBatch, to_device
+from megatron_plasticity.models.attention_choice import choose_attention
 from megatron_plasticity.models.lora import Adapters
-from megatron_plasticity.models.loss import TokenLoss, token_loss
+from megatron_plasticity.models.loss import TrainingLoss
 from megatron_plasticity.models.partition import stage_layers, stage_of
 from megatron_plasticity.models.sizes import parameter_shapes
 from megatron_plasticity.models.transformer import Transformer
@@ -26,7 +27,7 @@ from megatron_plasticity.optim.adamw import make_adamw
 from megatron_plasticity.optim.decay import DecayGroups, decay_groups, optimizer_groups
 from megatron_plasticity.parallel.grid import ProcessGrid
 from megatron_plasticity.training.batches import StepBatch
-from megatron_plasticity.training.objective import Objective, training_loss
+from megatron_plasticity.training.objective import Objective, scored_positions
 from megatron_plasticity.training.optimizer_state import MOMENTS, Moment, create_state, full_moment, full_weight, restore
 from megatron_plasticity.training.pipeline import PipelineSchedule, pipeline_module
 
@@ -56,14 +57,19 @@ class TrainingEngine:
         """Whole shapes of what is trained, by name."""
         self.groups: DecayGroups = decay_groups(self.shapes, recipe.optimizer, weight_decay)
         model.activation_checkpointing = recipe.engine.activation_checkpointing
+        self.attention = choose_attention(recipe.engine, model.config, grid.parallel.tensor, grid.device)
+        """The kernels of attention, as this machine has them."""
+        model.use_attention(self.attention.backend)
         if recipe.engine.compile:
             model.compile_blocks()
-        optimizer = make_adamw(optimizer_groups(model, self.groups, recipe.optimizer), recipe.optimizer, grid.device)
+        self._objective = Objective(model, recipe.engine.compile)
+        groups = optimizer_groups(model, self.groups, recipe.optimizer)
+        optimizer = make_adamw(groups, recipe.optimizer, grid.device, offloads_optimizer(recipe.engine))
         settings = deepspeed_json(recipe.engine, recipe.batch, recipe.optimizer.gradient_clip, grid.parallel, grid.data_size)
         is_pipeline = grid.parallel.pipeline > 1
         with _quiet_deepspeed():
             self._engine: Any = deepspeed.initialize(
-                model=pipeline_module(model, grid, self._pipeline_loss) if is_pipeline else Objective(model),
+                model=pipeline_module(model, grid, self._pipeline_loss) if is_pipeline else self._objective,
                 optimizer=optimizer,
                 config=settings,
                 mpu=None if is_pipeline else grid.deepspeed,
@@ -190,17 +196,19 @@ class TrainingEngine:
         """Let go of hooks and buffers, so that the next run of this process starts clean."""
         self._engine.destroy()
 
-    def _pipeline_loss(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return self._scaled_loss(token_loss(logits, targets, self.grid.tensor), targets)
+    def _pipeline_loss(self, hidden_and_weight: tuple[Tensor, Tensor], targets: Tensor) -> Tensor:
+        return self._noted(self._objective.loss(*hidden_and_weight, targets, self._loss_scale))
 
     def _loss_of(self, micro_batch: MicroBatch) -> Tensor:
+        scored = scored_positions(micro_batch.targets)
+        scored = None if scored is None else to_device(scored, self.grid.device)
         batch = micro_batch.to(self.grid.device)
-        return self._scaled_loss(self._engine(batch.inputs, batch.targets, batch.segments), batch.targets)
+        return self._noted(self._engine(batch.inputs, batch.targets, self._loss_scale, batch.segments, scored))
 
-    def _scaled_loss(self, losses: TokenLoss, targets: Tensor) -> Tensor:
+    def _noted(self, loss: TrainingLoss) -> Tensor:
         """What a micro-batch adds to the loss, as DeepSpeed wants it; its cross-entropy is noted."""
-        self._cross_entropy += losses.cross_entropy.detach().sum(dtype=torch.float64)
-        return training_loss(losses, targets, self.model.config.z_loss_weight) * self._loss_scale
+        self._cross_entropy += loss.cross_entropy
+        return loss.total
 
     def _reported_cross_entropy(self) -> Tensor:
         return self._cross_entropy.clone() if self.grid.reports_loss else torch.zeros_like(self._cross_entropy)

@@ -2,28 +2,63 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from megatron_plasticity.models.attention import Segments
-from megatron_plasticity.models.loss import IGNORE, TokenLoss, token_loss
+from megatron_plasticity.models.loss import IGNORE, TrainingLoss, linear_cross_entropy, token_loss
 from megatron_plasticity.models.transformer import Transformer
+from megatron_plasticity.parallel.tensor import TensorRanks
 
 
 class Objective(nn.Module):
-    """The module that DeepSpeed runs: tokens in, per-token losses out, so that logits never leave it."""
+    """The module that DeepSpeed runs: tokens in, loss out, so that logits never leave it."""
 
-    def __init__(self, model: Transformer) -> None:
+    def __init__(self, model: Transformer, compiled: bool = False) -> None:
         super().__init__()
         self.model = model
+        self.compiled = compiled
 
-    def forward(self, inputs: Tensor, targets: Tensor, segments: Segments | None = None) -> TokenLoss:
-        """`inputs` and `targets` [B, S] int64 → losses [B, S] fp32, 0 where the target is ignored."""
-        return token_loss(self.model(inputs, segments=segments), targets, self.model.ranks)
+    def forward(
+        self,
+        inputs: Tensor,
+        targets: Tensor,
+        scale: float = 1.0,
+        segments: Segments | None = None,
+        scored: Tensor | None = None,
+    ) -> TrainingLoss:
+        """`inputs` and `targets` [B, S] int64 → their loss, times `scale`. `scored` is what `scored_positions` says."""
+        return self.loss(self.model.hidden(inputs, segments=segments), self.model.tied_weight, targets, scale, scored)
+
+    def loss(
+        self, hidden: Tensor, weight: Tensor | None, targets: Tensor, scale: float = 1.0, scored: Tensor | None = None
+    ) -> TrainingLoss:
+        """As `forward`, of what `Transformer.hidden` returns on the last stage. `weight` goes before the head's own."""
+        z_loss_weight = self.model.config.z_loss_weight
+        if not torch.is_grad_enabled():
+            # All logits at once, from a head that returns them: activations are captured in such passes.
+            losses = token_loss(self.model.head(hidden, weight), targets, self.model.ranks)
+            cross_entropy = losses.cross_entropy.sum(dtype=torch.float64)
+            squares = losses.log_partition.square().masked_fill(targets == IGNORE, 0.0).sum(dtype=torch.float64)
+            return TrainingLoss((scale * (cross_entropy + z_loss_weight * squares)).float(), cross_entropy)
+
+        def result(hidden: Tensor, weight: Tensor, ranks: TensorRanks) -> TrainingLoss:
+            return linear_cross_entropy(
+                hidden,
+                weight,
+                targets,
+                ranks,
+                scored=scored,
+                z_loss_weight=z_loss_weight,
+                scale=scale,
+                compiled=self.compiled,
+            )
+
+        return self.model.head(hidden, weight, result)
 
 
-def training_loss(losses: TokenLoss, targets: Tensor, z_loss_weight: float) -> Tensor:
-    """Scalar to differentiate: Σ cross-entropy + z_loss_weight·Σ logsumexp² over target tokens (z-loss: PaLM, 2204.02311, §5)."""
-    total = losses.cross_entropy.sum()
-    if z_loss_weight:
-        total = total + z_loss_weight * (losses.log_partition.square() * (targets != IGNORE)).sum()
-    return total
+def scored_positions(targets: Tensor) -> Tensor | None:
+    """[N] int64: which of the flattened targets are not IGNORE; None if all are. Ask it of targets in the CPU's memory: a GPU
+    would have to finish the work before."""
+    is_target = targets.flatten() != IGNORE
+    return None if bool(is_target.all()) else is_target.nonzero().squeeze(1)

@@ -17,21 +17,43 @@ from megatron_plasticity.models.transformer import Transformer
 from megatron_plasticity.parallel.grid import ProcessGrid
 
 
-def pipeline_module(stage: Transformer, grid: ProcessGrid, loss: Callable[[Tensor, Tensor], Tensor]) -> Any:
-    """`stage` as this process's part of a PipelineModule. `loss` takes logits and targets, on the last stage."""
+class _Stage(nn.Module):
+    """A stage without its head: that is the loss function's, since DeepSpeed holds on to what a stage returns.
+
+    The last stage returns what the head reads and the head's matrix. It must be a view of it: DeepSpeed sets gradients to zero
+    when the backward pass comes to what a stage has returned, and what had reached the parameter itself by then would be lost.
+    """
+
+    def __init__(self, model: Transformer) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+        hidden = self.model.hidden(x)
+        if not self.model.is_last_stage:
+            return hidden
+        weight = self.model.tied_weight if self.model.head.weight is None else self.model.head.weight
+        assert weight is not None, "tied embeddings put the token embedding on the head's stage too"
+        return hidden, weight.view_as(weight)
+
+
+def pipeline_module(stage: Transformer, grid: ProcessGrid, loss: Callable[[tuple[Tensor, Tensor], Tensor], Tensor]) -> Any:
+    """`stage` as this process's part of a PipelineModule. `loss` takes what the head reads and its matrix, and targets."""
     from deepspeed.pipe import PipelineModule, TiedLayerSpec
+
+    layer = _Stage(stage)
 
     class _TiedStage(TiedLayerSpec):
         """A stage that holds the tied embedding, built already where it is needed."""
 
         def __init__(self) -> None:
-            super().__init__("embed", Transformer, tied_weight_attr=[TOKEN_EMBEDDING])
+            super().__init__("embed", _Stage, tied_weight_attr=[f"model.{TOKEN_EMBEDDING}"])
 
-        def build(self, log: bool = False) -> Transformer:
-            return stage
+        def build(self, log: bool = False) -> _Stage:
+            return layer
 
     # Only the entry of this process's own stage is built; the others stand for stages that lie elsewhere.
-    stages: list[Any] = [stage if number == grid.stage else nn.Identity() for number in range(grid.parallel.pipeline)]
+    stages: list[Any] = [layer if number == grid.stage else nn.Identity() for number in range(grid.parallel.pipeline)]
     if stage.config.tied_embeddings:
         stages[0] = stages[-1] = _TiedStage()
     module = PipelineModule(stages, topology=grid.deepspeed.topology(), loss_fn=loss, partition_method="uniform")

@@ -13,12 +13,14 @@ from torch.nn import functional as F
 
 from megatron_plasticity.config import deepspeed
 from megatron_plasticity.models import loss
+from megatron_plasticity.models.loss import TrainingLoss
 from megatron_plasticity.models.transformer import Transformer
 from megatron_plasticity.parallel import tensor
 from megatron_plasticity.parallel.grid import ProcessGrid
 from megatron_plasticity.parallel.tensor import TensorRanks
-from megatron_plasticity.training import engine
+from megatron_plasticity.training import engine, pipeline
 from megatron_plasticity.training.batches import StepBatch
+from megatron_plasticity.training.objective import Objective
 from tests.training import programs
 
 SABOTAGES: dict[str, Callable[[], None]] = {}
@@ -200,9 +202,21 @@ def other_batches_within_a_pipeline() -> None:
 @_sabotage
 def mean_of_micro_batches() -> None:
     """Each micro-batch counts the same, however many targets it has."""
-    original = engine.TrainingEngine._scaled_loss
+    original = Objective.loss
 
-    def scaled_loss(self: engine.TrainingEngine, losses: Any, targets: Tensor) -> Tensor:
-        return original(self, losses, targets) / self._loss_scale / max(1, int((targets >= 0).sum()))
+    def mean(self: Objective, hidden: Tensor, weight: Tensor | None, targets: Tensor, scale: float, *others: Any) -> TrainingLoss:
+        return original(self, hidden, weight, targets, 1 / max(1, int((targets >= 0).sum())), *others)
 
-    engine.TrainingEngine._scaled_loss = scaled_loss  # type: ignore[method-assign]
+    Objective.loss = mean  # type: ignore[method-assign,assignment]
+
+
+@_sabotage
+def matrix_of_the_head_itself_returned() -> None:
+    """The last stage returns its parameter, and no view of it."""
+    original = pipeline._Stage.forward
+
+    def forward(self: pipeline._Stage, x: Tensor) -> Any:
+        returned = original(self, x)
+        return (returned[0], self.model.head.weight) if isinstance(returned, tuple) else returned
+
+    pipeline._Stage.forward = forward  # type: ignore[method-assign]

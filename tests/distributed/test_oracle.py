@@ -80,6 +80,7 @@ CONTROLS = [
     # What the support table calls adapted: left to DeepSpeed, each stage clips by a norm of its own.
     Control("stage_zero_as_deepspeed_has_it", replace(PIPELINE, zero_stage=0), {FIRST_GRADIENT, "weights"}, {FIRST_LOSS}),
     Control("initial_weights_from_a_local_stream", TENSOR, {*FORWARD, "AdamW's formula"}, {"copies"}),
+    Control("matrix_of_the_head_itself_returned", in_bf16(PIPELINE), {FIRST_GRADIENT, FIRST_NORM}, {FIRST_LOSS}),
     Control("tied_gradients_not_exchanged", TIED, {FIRST_GRADIENT, "copies"}, {FIRST_LOSS}),
     Control("tied_embedding_counts_twice", TIED, {FIRST_NORM}, {FIRST_LOSS}),
     Control("other_batches_within_a_pipeline", DATA_TENSOR, {FIRST_LOSS, FIRST_GRADIENT}, set()),

@@ -154,7 +154,7 @@ def test_zero_divides_what_its_stage_partitions() -> None:
 
 def test_earlier_stages_hold_more_micro_batches() -> None:
     case = Case(1, "bf16", pipeline=4, accumulation=8)
-    activations = [stage.moments["backward pass begins"].activations for stage in memory(case.model, case.recipe, 1)]
+    activations = [stage.moments["loss"].activations for stage in memory(case.model, case.recipe, 1)]
     assert activations[:3] == sorted(activations[:3], reverse=True)
     assert activations[0] == pytest.approx(4 / 3 * activations[1])
 
@@ -168,7 +168,7 @@ def test_what_a_layout_is_for() -> None:
     plain, split = peak(Case(1, "bf16")), peak(Case(1, "bf16", tensor=2))
     assert peak(Case(1, "bf16", checkpointing=True)) < plain / 2
     assert plain / 2 < split < plain  # norms and residuals are whole on every rank
-    assert peak(Case(1, "bf16", tensor=2, sequence=True)) == pytest.approx(plain / 2, rel=0.02)
+    assert peak(Case(1, "bf16", tensor=2, sequence=True)) == pytest.approx(plain / 2, rel=0.04)  # and the head's gathered input
 
 
 def test_default_bucket_is_counted() -> None:

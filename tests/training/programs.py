@@ -23,7 +23,7 @@ from megatron_plasticity.config.training import (
 from megatron_plasticity.data.micro_batch import MicroBatch
 from megatron_plasticity.models.checkpoint import WEIGHTS
 from megatron_plasticity.models.initialisation import initialise
-from megatron_plasticity.models.loss import IGNORE, token_loss
+from megatron_plasticity.models.loss import IGNORE
 from megatron_plasticity.models.sizes import parameter_shapes
 from megatron_plasticity.models.transformer import Transformer, local_model
 from megatron_plasticity.optim.decay import decay_groups, optimizer_groups
@@ -31,6 +31,7 @@ from megatron_plasticity.optim.schedule import learning_rate_at
 from megatron_plasticity.parallel.grid import ProcessGrid, process_grid
 from megatron_plasticity.training.batches import StepBatch
 from megatron_plasticity.training.engine import TrainingEngine
+from megatron_plasticity.training.objective import Objective
 from megatron_plasticity.training.optimizer_state import MOMENTS
 
 MODEL = ModelConfig.model_validate(
@@ -226,14 +227,12 @@ def bare_run(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate_at(step, steps, settings.optimizer.learning_rate, settings.schedule)
         inputs, targets = data(step, settings.batch.global_batch_size)
-        used = targets != IGNORE
-        token_losses = token_loss(working(inputs), targets)
-        loss = token_losses.cross_entropy.sum() / used.sum()
-        losses.append(float(loss.detach()))
-        if model.z_loss_weight:
-            loss = loss + model.z_loss_weight * (token_losses.log_partition.square() * used).sum() / used.sum()
+        used = int((targets != IGNORE).sum())
+        # The loss in one piece; it is held against torch's own operations in tests/models/test_loss.py.
+        loss = Objective(working)(inputs, targets, 1 / used)
+        losses.append(float(loss.cross_entropy / used))
         working.zero_grad()
-        loss.backward()
+        loss.total.backward()
         if bf16:
             for parameter, source in zip(master.parameters(), working.parameters(), strict=True):
                 parameter.grad = source.grad.float()  # type: ignore[union-attr]

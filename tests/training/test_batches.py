@@ -17,11 +17,11 @@ from megatron_plasticity.data.order import SampleOrder
 from megatron_plasticity.data.sft import EncodedExample, EncodedExamples
 from megatron_plasticity.data.token_store import TokenStore, TokenStoreWriter
 from megatron_plasticity.errors import ConfigError, UserError
-from megatron_plasticity.models.loss import IGNORE, token_loss
+from megatron_plasticity.models.loss import IGNORE, linear_cross_entropy
 from megatron_plasticity.parallel.grid import ProcessGrid
 from megatron_plasticity.parallel.tensor import TensorRanks
 from megatron_plasticity.training.batches import Batches, FinetuneBatches, PretrainBatches
-from megatron_plasticity.training.objective import training_loss
+from megatron_plasticity.training.objective import scored_positions
 
 PADDING = 0
 LAYOUTS = [(ranks, micro) for ranks in (1, 2, 4) for micro in (1, 2, 4, 8) if ranks * micro <= 8]
@@ -230,11 +230,15 @@ def test_prompts_are_inputs_only() -> None:
 def test_what_is_predicted_on_prompts_and_padding_has_no_loss(z_loss_weight: float) -> None:
     targets = finetune_batches(8, 1).step(0).micro_batches[0].targets
     ignored = targets == IGNORE
-    logits = torch.randn(*targets.shape, 300, generator=torch.Generator().manual_seed(0)).requires_grad_()
-    loss = training_loss(token_loss(logits, targets), targets, z_loss_weight)
+    hidden = torch.randn(*targets.shape, 16, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    matrix = torch.randn(300, 16, generator=torch.Generator().manual_seed(1))
+    scored = scored_positions(targets)
+    loss = linear_cross_entropy(hidden, matrix, targets, scored=scored, z_loss_weight=z_loss_weight).total
     loss.backward()
-    assert logits.grad is not None
-    assert not logits.grad[ignored].any()
-    assert logits.grad[~ignored].any(dim=-1).all()
-    changed = torch.where(ignored[..., None], -5 * logits.detach(), logits.detach())
-    assert torch.equal(training_loss(token_loss(changed, targets), targets, z_loss_weight), loss.detach())
+    assert hidden.grad is not None
+    assert not hidden.grad[ignored].any()
+    assert hidden.grad[~ignored].any(dim=-1).all()
+    changed = torch.where(ignored[..., None], -5 * hidden.detach(), hidden.detach())
+    for positions in (scored, None):
+        again = linear_cross_entropy(changed, matrix, targets, scored=positions, z_loss_weight=z_loss_weight).total
+        torch.testing.assert_close(again, loss.detach(), rtol=1e-6, atol=0)

@@ -19,7 +19,7 @@ from megatron_plasticity.config.training import FinetuneConfig, LoraConfig, Pret
 from megatron_plasticity.errors import CheckpointError, ConfigError, Interrupted, UserError
 from megatron_plasticity.models.checkpoint import ADAPTERS, open_checkpoint
 from megatron_plasticity.models.lora import Adapters
-from megatron_plasticity.models.loss import IGNORE, token_loss
+from megatron_plasticity.models.loss import IGNORE
 from megatron_plasticity.models.transformer import Transformer
 from megatron_plasticity.optim.schedule import learning_rate_at
 from megatron_plasticity.parallel.grid import process_grid
@@ -30,6 +30,7 @@ from megatron_plasticity.training.finetune import finetune
 from megatron_plasticity.training.optimizer_state import MOMENTS
 from megatron_plasticity.training.pretrain import pretrain
 from tests.ranks import run_on_ranks
+from tests.reference_loss import reference_loss
 from tests.training.programs import (
     MODEL,
     OLMO,
@@ -107,7 +108,7 @@ def bare_lora_run(settings: TrainingRecipe, model: ModelConfig) -> Trajectory:
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, STEPS, settings.optimizer.learning_rate, settings.schedule)
         inputs, targets = repeating_batch(step, settings.batch.global_batch_size)
         used = targets != IGNORE
-        ours = token_loss(functional_call(plain, merged(), (inputs,)), targets)
+        ours = reference_loss(functional_call(plain, merged(), (inputs,)), targets)
         loss = ours.cross_entropy.sum() / used.sum()
         losses.append(float(loss.detach()))
         optimizer.zero_grad()

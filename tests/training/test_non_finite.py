@@ -16,13 +16,13 @@ from megatron_plasticity.config.training import PretrainConfig
 from megatron_plasticity.data.stream import sample_order, training_blocks
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.models.checkpoint import open_checkpoint
-from megatron_plasticity.models.loss import TokenLoss
+from megatron_plasticity.models.loss import TrainingLoss
 from megatron_plasticity.tracking.metrics import read_metrics
 from megatron_plasticity.tracking.progress import NoProgress
-from megatron_plasticity.training import engine as engine_module
 from megatron_plasticity.training.engine import TrainingEngine
 from megatron_plasticity.training.loop import StepOutcome
 from megatron_plasticity.training.non_finite import MOST_IN_A_ROW, NonFiniteSteps
+from megatron_plasticity.training.objective import Objective
 from megatron_plasticity.training.pretrain import pretrain, pretrain_folder
 from tests.ranks import run_on_ranks
 
@@ -41,14 +41,15 @@ def block_to_spoil(config: PretrainConfig) -> int:
 def spoil_loss_of(config: PretrainConfig, block: int, set_attribute: Callable[[Any, str, Any], None]) -> None:
     """From now on the loss of this block is not a number, wherever it is computed."""
     targets_of_block = torch.as_tensor(training_blocks(config.data, config.model.context_length).batch([block])[1])[0]
-    true_loss = engine_module.TrainingEngine._scaled_loss
+    true_loss = Objective.loss
 
-    def scaled_loss(self: TrainingEngine, losses: TokenLoss, targets: Tensor) -> Tensor:
-        spoilt = (targets == targets_of_block).all(dim=-1, keepdim=True)
-        cross_entropy = losses.cross_entropy * torch.where(spoilt, float("nan"), 1.0)
-        return true_loss(self, losses._replace(cross_entropy=cross_entropy), targets)
+    def loss(self: Objective, hidden: Tensor, weight: Tensor | None, targets: Tensor, *others: Any) -> TrainingLoss:
+        is_spoilt = (targets == targets_of_block).all(dim=-1).any()
+        return TrainingLoss(
+            *(part * torch.where(is_spoilt, float("nan"), 1.0) for part in true_loss(self, hidden, weight, targets, *others))
+        )
 
-    set_attribute(TrainingEngine, "_scaled_loss", scaled_loss)
+    set_attribute(Objective, "loss", loss)
 
 
 def train_spoilt(config: PretrainConfig) -> str:
@@ -120,7 +121,7 @@ def test_a_skipped_step_is_as_if_it_had_not_been(
 
 def test_a_model_that_only_skips_has_diverged(pretrain_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     config = pretrain_config({"engine": {"non_finite": "skip"}, "steps": MOST_IN_A_ROW + 5})
-    monkeypatch.setattr(TrainingEngine, "_scaled_loss", lambda self, losses, targets: losses.cross_entropy.sum() * float("nan"))
+    monkeypatch.setattr(TrainingEngine, "_noted", lambda self, loss: loss.total * float("nan"))
     with pytest.raises(UserError, match=rf"step {MOST_IN_A_ROW + 1}: .*So were the {MOST_IN_A_ROW} steps before it"):
         pretrain(config, NoProgress())
 

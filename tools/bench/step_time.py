@@ -46,12 +46,13 @@ from megatron_plasticity.launch.cost import StepTime, step_time
 from megatron_plasticity.launch.hardware import Group
 from megatron_plasticity.launch.operations import Attention, Axis, Exchange, Matmul, Sweep, operations, step_work
 from megatron_plasticity.launch.workers import start_worker, worker_context
+from megatron_plasticity.models import loss
 from megatron_plasticity.models.attention import attend
 from megatron_plasticity.models.initialisation import initialise
-from megatron_plasticity.models.loss import token_loss
 from megatron_plasticity.models.rotary import RotaryTable, rotate
 from megatron_plasticity.models.transformer import local_model
 from megatron_plasticity.parallel.grid import ProcessGrid, process_grid
+from megatron_plasticity.parallel.tensor import SINGLE
 from megatron_plasticity.training.batches import StepBatch
 from megatron_plasticity.training.engine import TrainingEngine
 
@@ -374,15 +375,23 @@ def _sweep(work: Sweep, case: Case) -> Callable[[], object]:
     if name == "swiglu":
         rows = numbers // width
         return _through(lambda gate, up: F.silu(gate) * up, lambda: (tensor(rows, width), tensor(rows, width)), backward)
-    if name == "loss":
-        rows = numbers // width
-        targets = torch.randint(0, width, (1, rows))
-        return _through(lambda logits: token_loss(logits, targets).cross_entropy, lambda: (tensor(1, rows, width),), backward)
+    if name in ("loss", "loss gradient"):
+        return _cycling(lambda: (tensor(numbers // width, width).detach(),), _loss_sweep(name, numbers // width))
     if name == "embedding":
         rows = numbers // width
         tokens = torch.randint(0, model.vocab_size, (rows,))
         return _through(lambda weight: F.embedding(tokens, weight), lambda: (tensor(model.vocab_size, width),), backward)
     return _streaming(work, dtype)
+
+
+def _loss_sweep(name: str, rows: int) -> Callable[[Tensor], object]:
+    """What `linear_cross_entropy` does with rows of logits between its products."""
+    targets, how = torch.zeros(rows, dtype=torch.int64), loss.How(SINGLE, 0.0, 1.0, False, True, True)
+    if name == "loss":
+        return lambda logits: loss.Rows.of(logits, targets, SINGLE).sums()
+    zeros = torch.zeros(rows)
+    known = loss.Rows(torch.empty(0), targets, targets == 0, targets == 0, zeros, zeros, False)
+    return lambda logits: known._replace(logits=logits).become_gradients(how)
 
 
 def _split_norm(x: Tensor, gain: Tensor) -> Tensor:
