@@ -325,6 +325,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         _complain(str(error))
         sys.exit(error.exit_code)
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package in ("", "megatron_plasticity"):
+            raise  # a mistake of ours
+        _complain(
+            f"this command needs the package {package!r}, which is not installed; `pip install {package}` brings it "
+            "(docs/install.md, also for machines without a network)"
+        )
+        sys.exit(UserError.exit_code)
     except KeyboardInterrupt:
         _complain("stopped by Ctrl-C; run the same command again to go on")
         sys.exit(130)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from megatron_plasticity.data.tables import table_rows
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.evaluation.extraction import Rules, extract_answer
 from megatron_plasticity.evaluation.grading import Grader
@@ -27,7 +28,6 @@ from megatron_plasticity.evaluation.literals import read_literal
 from megatron_plasticity.evaluation.tasks.catalogue import find_task_files, load_task_file, shipped_tasks
 from megatron_plasticity.evaluation.tasks.prepare import find_origins, prepare_task
 from megatron_plasticity.evaluation.tasks.prepared import PreparedTask
-from megatron_plasticity.evaluation.tasks.tables import table_rows
 from megatron_plasticity.evaluation.tasks.task import Example, Reference
 
 LEAST = 0.99

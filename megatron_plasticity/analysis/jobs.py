@@ -23,7 +23,6 @@ from megatron_plasticity.analysis.training_dynamics import training_dynamics
 from megatron_plasticity.analysis.truncation import ranks_to_try, run_truncation
 from megatron_plasticity.analysis.truncation_checkpoint import write_truncated
 from megatron_plasticity.analysis.truncation_figure import write_truncation_figure
-from megatron_plasticity.analysis.weight_norms import weight_norms
 from megatron_plasticity.config.analysis import (
     AttentionConfig,
     FeaturesConfig,
@@ -105,6 +104,9 @@ def features(config: FeaturesConfig, progress: Progress) -> RunFolder:
 
     `features.svg` in the run folder shows them.
     """
+    # scipy, 35 MB to install, which no other analysis needs: missing, it is missed before any work starts.
+    from megatron_plasticity.analysis.weight_norms import weight_norms
+
     inputs = {} if config.text is None else {"text": text_hash(config.text)}
 
     def work(trained: TrainedModel, folder: RunFolder, show: Progress) -> Mapping[str, Any]:

@@ -19,6 +19,13 @@ def effective_zero_stage(engine: EngineConfig, parallel: ParallelConfig) -> int:
     return 1 if engine.zero_stage == 0 and (engine.precision == "bf16" or parallel.pipeline > 1) else engine.zero_stage
 
 
+def offloads_optimizer(engine: EngineConfig) -> bool:
+    """Whether the raw DeepSpeed block has AdamW step in the memory of the CPU."""
+    zero = engine.deepspeed.get("zero_optimization")
+    offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
+    return isinstance(offload, dict) and offload.get("device", "cpu") != "none"
+
+
 def accumulation_steps(batch: BatchConfig, data_parallel_size: int) -> int:
     """Micro-batches per rank and optimizer step. Raises ConfigError if the global batch cannot be split evenly."""
     per_pass = batch.micro_batch_size * data_parallel_size

@@ -125,6 +125,22 @@ def _compiled_adapters(recipe: TrainingRecipe, model: ModelConfig | None) -> Pro
     return None
 
 
+# Kernels that compute in bf16 and fp16 alone, so far as the config tells it; what the machine has is asked when a run starts.
+_HALF_PRECISION_ATTENTION = ("flash-attention-4", "flash-attention-3", "flash-attention-2", "sdpa-cudnn")
+
+
+def _half_precision_attention(recipe: TrainingRecipe, model: ModelConfig | None) -> Problem | None:
+    if recipe.engine.precision == "fp32" and recipe.engine.attention in _HALF_PRECISION_ATTENTION:
+        return f"engine.attention: {recipe.engine.attention} needs engine.precision: bf16; or use engine.attention: auto"
+    return None
+
+
+def _attention_on_a_cpu(recipe: TrainingRecipe, model: ModelConfig | None) -> Problem | None:
+    if recipe.device == "cpu" and recipe.engine.attention in (*_HALF_PRECISION_ATTENTION, "sdpa-efficient"):
+        return f"engine.attention: {recipe.engine.attention} runs on CUDA only, not on device: cpu; use engine.attention: auto"
+    return None
+
+
 SUPPORT: tuple[Row, ...] = (
     Row("ZeRO 0–3 × data parallelism, fp32 or bf16", "works", "equal to one process"),
     Row("ZeRO 0–3 × tensor parallelism, with or without sequence parallelism", "works", "equal to one process"),
@@ -173,6 +189,11 @@ SUPPORT: tuple[Row, ...] = (
         _apex_counts_steps_per_group,
     ),
     Row(
+        "DeepSpeed's AdamW × ZeRO 0–3 × every layout",
+        "works",
+        "it counts steps per tensor; differs from torch's in rounding only",
+    ),
+    Row(
         "fine-tuning batched as drawn or by length",
         "works",
         "with every layout above; by length only the order of summation differs",
@@ -203,6 +224,14 @@ SUPPORT: tuple[Row, ...] = (
         _compiled_packed,
     ),
     Row("compiled blocks × LoRA", "refused", "not tested", _compiled_adapters),
+    Row("engine.attention × every layout and batching", "works", "kernels differ in rounding only"),
+    Row(
+        "a FlashAttention package or cuDNN × fp32",
+        "refused",
+        "these kernels compute in bf16 and fp16",
+        _half_precision_attention,
+    ),
+    Row("attention kernels of CUDA × device: cpu", "refused", "there is no such kernel", _attention_on_a_cpu),
 )
 
 

@@ -18,6 +18,18 @@ from megatron_plasticity.config.tasks import TaskConfig
 
 DecayScope = Literal["all", "no_token_embedding", "matrices", "patterns"]
 Batching = Literal["as_drawn", "by_length", "packed"]
+AttentionBackend = Literal[
+    "auto",
+    "flash-attention-4",
+    "flash-attention-3",
+    "flash-attention-2",
+    "sdpa",
+    "sdpa-cudnn",
+    "sdpa-flash",
+    "sdpa-efficient",
+    "sdpa-math",
+    "eager",
+]
 Projection = Literal["q_proj", "k_proj", "v_proj", "out_proj", "gate_proj", "up_proj", "down_proj"]
 PROJECTIONS: tuple[Projection, ...] = get_args(Projection)
 
@@ -60,8 +72,9 @@ class OptimizerConfig(Section):
     """Decay rates of Adam's moments."""
     eps: float = Field(default=1e-8, gt=0)
     """Adam's ε."""
-    implementation: Literal["torch", "apex"] = "torch"
-    """`torch` is fused on CUDA. `apex` is NVIDIA apex's FusedAdam, looked for at run time; CUDA and ZeRO 0 to 2 only."""
+    implementation: Literal["torch", "apex", "deepspeed"] = "torch"
+    """`torch` is fused on CUDA. `apex` is NVIDIA apex's FusedAdam, looked for at run time; CUDA and ZeRO 0 to 2 only. `deepspeed`
+    is its FusedAdam on CUDA and its CPUAdam on a CPU, which are compiled on first use (docs/install.md)."""
     gradient_clip: float = Field(default=1.0, ge=0)
     """Largest global gradient norm; 0 switches clipping off."""
 
@@ -141,6 +154,10 @@ class EngineConfig(Section):
     compile: bool = neutral(False)
     """Compile each block (`torch.compile`): norms, rotary embedding, SwiGLU and residual sums become few kernels. It costs some
     ten seconds to a minute when the run starts, and changes rounding only."""
+    attention: AttentionBackend = neutral("auto")
+    """Kernels of attention: `auto` takes the fastest that fits GPU, precision and head dimension, and says which. The others are
+    for comparison: a FlashAttention package that is installed; PyTorch's `sdpa`, with its own choice of kernel or the one named;
+    `eager`, matrix products. They differ in rounding only; one that does not fit ends in an error before the run starts."""
     non_finite: Literal["stop", "skip"] = neutral("stop")
     """What becomes of a step whose gradient is not finite, on any process: the run stops, or the step is left out, with its
     learning-rate step and its decay, and counted in the results. Either way no weight has changed, and its samples are named."""

@@ -12,6 +12,7 @@ import ast
 import hashlib
 import re
 import sysconfig
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -152,9 +153,14 @@ def _parse(file: Path) -> ast.Module:
 
 
 def _docstrings(module: ast.Module) -> Iterator[str]:
-    for node in ast.walk(module):
+    # In the order of `ast.walk`, but without expressions, which are most of a tree.
+    waiting: deque[ast.AST] = deque([module])
+    while waiting:
+        node = waiting.popleft()
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             yield ast.get_docstring(node) or ""
+        for block in ("body", "handlers", "orelse", "finalbody", "cases"):
+            waiting.extend(getattr(node, block, ()))
 
 
 def _reference(file: Path) -> dict[str, str]:

@@ -16,14 +16,15 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import IO, Any, Literal, cast
+from typing import IO, TYPE_CHECKING, Any, Literal, cast
 
 import fsspec
-import pyarrow
-import pyarrow.parquet
 
 from megatron_plasticity.config.data import SourceConfig
 from megatron_plasticity.errors import UserError
+
+if TYPE_CHECKING:
+    import pyarrow
 
 Format = Literal["parquet", "json", "text"]
 
@@ -97,6 +98,8 @@ def documents(path: str, source: SourceConfig) -> Iterator[str]:
 
     Raises UserError when the file is damaged, or has no such column.
     """
+    import pyarrow  # 50 MB to install, which training on a prepared corpus does without
+
     try:
         with fsspec.open(path, "rb") as opened:
             file = cast(IO[bytes], opened)
@@ -168,12 +171,16 @@ def _decompressed(file: IO[bytes], path: str) -> IO[bytes]:
     codec = _COMPRESSIONS.get(PurePosixPath(path).suffix.lower())
     if codec is None:
         return file
+    import pyarrow
+
     # pyarrow reads both kinds, also of several parts end to end, with no further package.
     stream: Any = pyarrow.CompressedInputStream(pyarrow.PythonFile(file, mode="r"), codec)
     return io.BufferedReader(stream, 1 << 20)
 
 
 def _parquet_texts(file: IO[bytes], path: str, source: SourceConfig) -> Iterator[str]:
+    import pyarrow.parquet
+
     # Read as it is used: without these the column of a whole row group is in memory at once.
     table = pyarrow.parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
     if source.text not in table.schema_arrow.names:
@@ -187,6 +194,8 @@ def _parquet_texts(file: IO[bytes], path: str, source: SourceConfig) -> Iterator
 
 
 def _is_text(kind: pyarrow.DataType) -> bool:
+    import pyarrow
+
     inner = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     return pyarrow.types.is_string(inner) or pyarrow.types.is_large_string(inner) or pyarrow.types.is_string_view(inner)
 

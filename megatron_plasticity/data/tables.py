@@ -11,9 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
-import pyarrow
-import pyarrow.parquet
-
 from megatron_plasticity.errors import UserError
 
 _COMPRESSIONS = (".gz", ".zst", ".zstd")
@@ -28,6 +25,8 @@ def table_rows(path: Path, header: Sequence[str] | None = None) -> Iterator[dict
 
     Raises UserError when the file is missing, damaged or of an unknown form.
     """
+    import pyarrow.parquet  # 50 MB to install, which a machine that only trains does without
+
     name = _inner_name(path)
     suffix = Path(name).suffix.lower()
     try:
@@ -71,6 +70,8 @@ def _opened(path: Path) -> Iterator[IO[bytes]]:
         with zipfile.ZipFile(path) as archive, archive.open(_inner_name(path)) as file:
             yield file
         return
+    import pyarrow
+
     with pyarrow.input_stream(str(path), compression="detect") as stream:  # .gz and .zst by their endings
         yield cast(IO[bytes], io.BufferedReader(cast(Any, stream), 1 << 20))
 

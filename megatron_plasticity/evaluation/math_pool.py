@@ -22,6 +22,8 @@ from pathlib import Path
 TIME_LIMIT_SECONDS = 4.0
 """The paper's limit for one comparison."""
 START_LIMIT_SECONDS = 120.0
+SECONDS_ALONE = 1.0
+"""So long the first worker is alone: a further one takes as long to import math-verify, and most comparisons milliseconds."""
 _MEMORY_LIMIT_BYTES = 2 * 1024**3
 
 Pair = tuple[str, str]
@@ -58,7 +60,8 @@ def _parse(text: str) -> list:
 
 
 class MathPool:
-    """Workers that compare pairs of expressions, each pair within its own time limit. Workers start at the first use."""
+    """Workers that compare pairs of expressions, each pair within its own time limit. The first worker starts at the first use,
+    the others when there is enough to do for them."""
 
     def __init__(
         self,
@@ -80,9 +83,11 @@ class MathPool:
         """
         results = [False] * len(pairs)
         waiting: deque[tuple[int | None, Pair]] = deque(enumerate(pairs))
-        while len(self._workers) < min(self._size, len(pairs)):
-            self._workers.append(_Worker(self._compare, self._time_limit))
+        self._start_workers(min(1, len(pairs)))
+        began = time.monotonic()
         while waiting or any(worker.item is not None for worker in self._workers):
+            if time.monotonic() - began > SECONDS_ALONE and all(worker.item is None for worker in self._workers):
+                self._start_workers(min(self._size, len(waiting)))
             for worker in self._workers:
                 while worker.item is None and waiting:
                     number, pair = waiting.popleft()
@@ -103,6 +108,10 @@ class MathPool:
                 if verdict is None:
                     self._look_at(number, pair, waiting)
         return results
+
+    def _start_workers(self, wanted: int) -> None:
+        while len(self._workers) < wanted:
+            self._workers.append(_Worker(self._compare, self._time_limit))
 
     def _look_at(self, number: int | None, pair: Pair, waiting: deque[tuple[int | None, Pair]]) -> None:
         """Find out which text of a pair that gave no verdict is to blame."""

@@ -6,39 +6,59 @@ of the cache that is read; query head h reads key/value head h // (query_heads /
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import importlib
+import importlib.metadata
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
+from packaging.version import InvalidVersion, Version
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from megatron_plasticity.config.training import AttentionBackend
 from megatron_plasticity.errors import UserError
 
-AttentionBackend = Literal["auto", "sdpa", "eager"]
 Segments = tuple[int, ...]
 """Lengths of texts that follow one another in each row, S in all; each is attended to by itself, causally."""
 
+SDPA_KERNELS = {
+    "sdpa-cudnn": SDPBackend.CUDNN_ATTENTION,
+    "sdpa-flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "sdpa-math": SDPBackend.MATH,
+}
+"""PyTorch's own kernels, each by the name that leaves it no other choice; `sdpa` leaves it the choice."""
+
 
 @dataclass(frozen=True)
-class _FlashPackage:
+class FlashPackage:
     """A FlashAttention package, and the GPUs on which it is worth preferring to PyTorch's own kernels."""
 
-    name: str
+    name: AttentionBackend
     module: str
+    distribution: str
     capability: tuple[int, int]
     """Least and greatest major compute capability."""
+    head_dim_multiple: int = 8
     head_dim_limit: int = 256
+    versions: tuple[str, str] | None = None
+    """First and last version whose interface we know; None where any will do."""
 
 
-# On Hopper PyTorch's SDPA runs cuDNN attention, which is faster than FlashAttention-2: only version 3 goes before it there.
-_FLASH_PACKAGES = (
-    _FlashPackage("flash-attention-3", "flash_attn_interface", (9, 9)),
-    _FlashPackage("flash-attention-2", "flash_attn", (8, 8)),
+# The order is that of `auto`. On Hopper PyTorch's SDPA runs cuDNN attention, which is faster than FlashAttention-2: only later
+# versions go before it there. FlashAttention-4's backward pass compiles for head dimensions that are multiples of 32 alone.
+FLASH_PACKAGES = (
+    FlashPackage("flash-attention-3", "flash_attn_interface", "flash-attn-3", (9, 9)),
+    FlashPackage("flash-attention-4", "flash_attn.cute", "flash-attn-4", (9, 10), 32, 128, ("4.0.0b5", "4.0.0b18")),
+    FlashPackage("flash-attention-2", "flash_attn", "flash-attn", (8, 8)),
 )
+
+_loaded: dict[str, Callable[..., Tensor] | str] = {}
+"""`flash_attn_func` of the packages that were asked for, or why it cannot be had. A plain dict: torch.compile sees through it."""
 
 
 def check_backend(backend: str) -> None:
@@ -47,23 +67,40 @@ def check_backend(backend: str) -> None:
         raise UserError(f"unknown attention backend {backend!r}; choose one of {', '.join(get_args(AttentionBackend))}")
 
 
-def resolved_backend(backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """Name of what really runs in training: `flash-attention-3`, `flash-attention-2`, `sdpa` or `eager`.
+def resolved_backend(backend: AttentionBackend, device: torch.device, dtype: torch.dtype, head_dim: int) -> AttentionBackend:
+    """What `auto` stands for in training: the first FlashAttention package that fits, else `sdpa`; other names stay.
 
-    `auto` is the first of these that fits the device, the number format and the head dimension; it never ends at `eager`, which
-    is there to be compared with. Input that needs a mask tensor goes through SDPA even where a
-    FlashAttention package was chosen.
+    It never ends at `eager`, which is there to be compared with. Input that needs a mask tensor goes through SDPA even where a
+    FlashAttention package was chosen. Which kernel SDPA takes, `attention_choice.py` finds out.
     """
     check_backend(backend)
     if backend != "auto":
         return backend
-    if device.type == "cuda" and dtype in (torch.bfloat16, torch.float16) and head_dim % 8 == 0:
-        capability = torch.cuda.get_device_capability(device)[0]
-        for package in _FLASH_PACKAGES:
-            least, greatest = package.capability
-            if least <= capability <= greatest and head_dim <= package.head_dim_limit and _flash_function(package.name):
+    if device.type == "cuda":
+        for package in FLASH_PACKAGES:
+            if flash_misfit(package, device, dtype, head_dim) is None:
                 return package.name
     return "sdpa"
+
+
+def flash_misfit(package: FlashPackage, device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """Why a FlashAttention package cannot be used, as the end of a sentence about it; None if it can."""
+    least, greatest = package.capability
+    if device.type != "cuda":
+        return f"runs on CUDA, and the device is {device.type}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return "computes in bf16 and fp16, and the model is in fp32"
+    if head_dim % package.head_dim_multiple or head_dim > package.head_dim_limit:
+        multiples = f"multiples of {package.head_dim_multiple} up to {package.head_dim_limit}"
+        return f"takes head dimensions that are {multiples}, not {head_dim}"
+    major, minor = torch.cuda.get_device_capability(device)
+    if not least <= major <= greatest:
+        which = f"{least}.x" if least == greatest else f"{least}.x to {greatest}.x"
+        return f"is for compute capability {which}, and this GPU has {major}.{minor}"
+    if torch.are_deterministic_algorithms_enabled():
+        return "has a backward pass that is not deterministic, which torch is told to be"
+    function = _flash_function(package.name)
+    return function if isinstance(function, str) else None
 
 
 def cache_mask(positions: Tensor, width: int) -> Tensor:
@@ -82,13 +119,13 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | Segments | 
         return _masked(query, key, value, mask)
     name = resolved_backend(backend, query.device, query.dtype, query.shape[-1])
     if name == "sdpa":
-        # Never a mask tensor for plain causal attention: with one, the fast kernels are out of reach, and cuDNN's backward pass
-        # is wrong for some lengths (pytorch#196678).
-        grouped = query.shape[1] != key.shape[1]
-        return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
-    flash = _flash_function(name)
-    assert flash is not None  # resolved_backend names a package only if it imports
-    return _flash(flash, query, key, value)
+        return _sdpa(query, key, value)
+    if name in SDPA_KERNELS:
+        if name == "sdpa-efficient":  # which not every version of torch has for grouped heads
+            key, value = (tensor.repeat_interleave(query.shape[1] // tensor.shape[1], dim=1) for tensor in (key, value))
+        with sdpa_kernel(SDPA_KERNELS[name]):
+            return _sdpa(query, key, value)
+    return _flash(name, query, key, value)
 
 
 def _segment_by_segment(query: Tensor, key: Tensor, value: Tensor, segments: Segments, backend: AttentionBackend) -> Tensor:
@@ -98,11 +135,22 @@ def _segment_by_segment(query: Tensor, key: Tensor, value: Tensor, segments: Seg
     return torch.cat([attend(q, k, v, None, backend) for q, k, v in pieces], dim=2)
 
 
+def _sdpa(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Never a mask tensor for plain causal attention: with one, the fast kernels are out of reach, and cuDNN's backward pass is
+    wrong for some lengths (pytorch#196678)."""
+    grouped = query.shape[1] != key.shape[1]
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
+
+
 def _masked(query: Tensor, key: Tensor, value: Tensor, mask: Tensor) -> Tensor:
     """With a boolean mask [B, 1, S, T], True where a query may look."""
     groups = query.shape[1] // key.shape[1]
     if groups == 1 or query.shape[2] > 1:
-        return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=groups > 1)
+        # cuDNN's backward pass gives NaN with a mask tensor for some lengths (pytorch#196678); nothing else of ours has one.
+        differentiated = query.is_cuda and torch.is_grad_enabled() and query.requires_grad
+        others = [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+        with sdpa_kernel(others) if differentiated else contextlib.nullcontext():
+            return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, enable_gqa=groups > 1)
     # Decoding token by token: query heads that share a key head become queries of one head, so that each key is read once.
     grouped = query.reshape(query.shape[0], -1, groups, query.shape[3])
     return F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask).reshape(query.shape)
@@ -122,17 +170,37 @@ def _eager(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Te
     return weights @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
 
 
-def _flash(function: Callable[..., Tensor], query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def _flash(name: str, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """FlashAttention's layout is [B, S, heads, head_dim]; it reads grouped heads as they are."""
+    function = _flash_function(name)
+    if isinstance(function, str):
+        raise UserError(f"attention backend {name} {function}")
     output = function(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), causal=True)
     return (output[0] if isinstance(output, tuple) else output).transpose(1, 2)
 
 
-@functools.cache
-def _flash_function(name: str) -> Callable[..., Tensor] | None:
-    """The package's `flash_attn_func`, or None if the package is not there or does not load (built for another torch)."""
-    module = next(package.module for package in _FLASH_PACKAGES if package.name == name)
+def _flash_function(name: str) -> Callable[..., Tensor] | str:
+    """The package's `flash_attn_func`, or why it cannot be had, as the end of a sentence about the package."""
+    if name not in _loaded:
+        _loaded[name] = _load(next(package for package in FLASH_PACKAGES if package.name == name))
+    return _loaded[name]
+
+
+def _load(package: FlashPackage) -> Callable[..., Tensor] | str:
     try:
-        return importlib.import_module(module).flash_attn_func
-    except (ImportError, AttributeError, OSError):
-        return None
+        function = importlib.import_module(package.module).flash_attn_func
+    except ModuleNotFoundError as error:
+        return f"is not installed ({error})"
+    except Exception as error:  # one that was built for another torch or CUDA may raise anything
+        return f"does not load: {error}"
+    if package.versions is None:
+        return function
+    first, last = package.versions
+    try:
+        version = importlib.metadata.version(package.distribution)
+        if not Version(first) <= Version(version) <= Version(last):
+            return f"is known in versions {first} to {last}, and {version} is installed"
+    except (importlib.metadata.PackageNotFoundError, InvalidVersion):
+        return f"is known in versions {first} to {last}, and the installed one does not say which it is"
+    # Its kernels are generated by Python code, which torch.compile cannot trace.
+    return torch.compiler.disable(function)  # pyright: ignore[reportReturnType]

@@ -126,6 +126,7 @@ def run_content(folder: Path, study: Mapping[str, Any] | None = None, cell: Mapp
         "seed": origin.seed,
         "tokens_per_parameter": _short(origin.tokens_per_parameter, digits=3),
         "pretraining_step": step,
+        "attention_kernel": results.get("attention_kernel"),
         "model": read,
         **{allowed_name(f"pretraining.{path}"): v for path, v in (cell.get("point") or {}).items() if path not in _OWN_TAGS},
         **{allowed_name(f"finetune.{path}"): value for path, value in (cell.get("variant") or {}).items()},

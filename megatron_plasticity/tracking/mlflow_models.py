@@ -12,9 +12,6 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pyarrow
-import pyarrow.parquet
-
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.tracking.mlflow_store import without_credentials
 
@@ -64,6 +61,8 @@ def send_table(client: MlflowClient, run: Run, samples: Path) -> None:
 
     Raises UserError if the store does not take them.
     """
+    import pyarrow.parquet
+
     tables = json.loads(run.data.tags.get(_TABLES_TAG, "[]"))
     entry = {"path": TABLE_FILE, "type": "table"}
     if entry in tables:

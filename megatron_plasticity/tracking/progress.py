@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, TextIO
 
-from megatron_plasticity.tracking.run_folder import RunFolder
+from megatron_plasticity.tracking.run_folder import SECONDS_BETWEEN_UPDATES, RunFolder
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
@@ -48,10 +49,17 @@ class Both:
 class FolderProgress:
     """Writes progress and heartbeat into `state.json` of a run folder, about once a second."""
 
-    def __init__(self, run_folder: RunFolder) -> None:
+    def __init__(self, run_folder: RunFolder, clock: Callable[[], float] = time.monotonic) -> None:
         self.run_folder = run_folder
+        self._clock = clock
+        self._told_at = -math.inf
 
     def update(self, done: float, total: float, unit: str, **info: float | str) -> None:
+        # The folder drops what comes too often itself, but has to read its state for that: not at every token that is sampled.
+        now = self._clock()
+        if done < total and now - self._told_at < SECONDS_BETWEEN_UPDATES:
+            return
+        self._told_at = now
         self.run_folder.update_progress(done, total, unit, **info)
 
 

@@ -16,8 +16,10 @@ from megatron_plasticity.errors import UserError
 from megatron_plasticity.evaluation.capture_sequences import choose_sequences
 from megatron_plasticity.evaluation.tasks.prepared import overlap_warning
 from megatron_plasticity.evaluation.tasks.registry import get_task
+from megatron_plasticity.models.attention_choice import choose_attention
 from megatron_plasticity.models.lora import Adapters
 from megatron_plasticity.models.transformer import local_model
+from megatron_plasticity.optim.adamw import check_adamw
 from megatron_plasticity.parallel.grid import ProcessGrid, process_grid, resolve_device
 from megatron_plasticity.tracking.progress import Both, FolderProgress, NoProgress, Progress
 from megatron_plasticity.tracking.run_folder import RunFolder
@@ -39,7 +41,9 @@ def finetune(config: FinetuneConfig, progress: Progress) -> RunFolder:
     check_finetuning(config, base.checkpoint.model)
     device = resolve_device(config.device)
     check_compiler(config.engine, device)
+    choose_attention(config.engine, base.checkpoint.model, config.parallel.tensor, device)  # raises before a folder is made
     with process_grid(device, config.parallel) as grid:
+        check_adamw(config, grid.device)
         if grid.is_main:
             finetune_folder(config, base)
         grid.barrier()
@@ -83,8 +87,7 @@ def _finetune(config: FinetuneConfig, base: TrainedModel, folder: RunFolder, gri
         if grid.is_main:
             if (warning := overlap_warning(get_task(config.task))) is not None:
                 _log.warning("%s", warning)
-            print(session.engine.layout)
-            print(session.engine.groups.table(session.engine.shapes), flush=True)
+            session.announce()
             shutil.copyfile(base.tokenizer_path, folder.path / TOKENIZER_FILE)
         show = Both(progress, FolderProgress(folder)) if grid.is_main else NoProgress()
 

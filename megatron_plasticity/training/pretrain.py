@@ -17,9 +17,11 @@ from megatron_plasticity.data.stream import corpus_hash, ledger_of, sample_order
 from megatron_plasticity.data.token_store import TokenStore
 from megatron_plasticity.data.tokenizer import Tokenizer, check_tokenizer_fits
 from megatron_plasticity.evaluation.capture_sequences import choose_sequences
+from megatron_plasticity.models.attention_choice import choose_attention
 from megatron_plasticity.models.initialisation import initialise
 from megatron_plasticity.models.sizes import parameter_count
 from megatron_plasticity.models.transformer import local_model
+from megatron_plasticity.optim.adamw import check_adamw
 from megatron_plasticity.parallel.grid import ProcessGrid, process_grid, resolve_device
 from megatron_plasticity.tracking.progress import Both, FolderProgress, NoProgress, Progress
 from megatron_plasticity.tracking.run_folder import RunFolder
@@ -46,7 +48,9 @@ def pretrain(config: PretrainConfig, progress: Progress) -> RunFolder:
     check_pretraining(config)
     device = resolve_device(config.device)
     check_compiler(config.engine, device)
+    choose_attention(config.engine, config.model, config.parallel.tensor, device)  # raises before a folder is made
     with process_grid(device, config.parallel) as grid:
+        check_adamw(config, grid.device)
         if grid.is_main:
             pretrain_folder(config)
         grid.barrier()
@@ -91,8 +95,7 @@ def _pretrain(config: PretrainConfig, folder: RunFolder, grid: ProcessGrid, prog
             return choose_sequences(capture, tokenizer, config.model.context_length, held_out=held_out_reader)
 
         if grid.is_main:
-            print(session.engine.layout)
-            print(session.engine.groups.table(session.engine.shapes), flush=True)
+            session.announce()
             shutil.copyfile(corpus / TOKENIZER_FILE, folder.path / TOKENIZER_FILE)
         show = Both(progress, FolderProgress(folder)) if grid.is_main else NoProgress()
         with capturing(session, config.capture, sequences) as captures:

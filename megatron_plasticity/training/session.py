@@ -81,6 +81,14 @@ class TrainingSession:
         with StopSignal() as stop, self.engine.grid.liveness.watched(), machine as system:
             train(self.engine, self.batches, self.start_step, [*system, *watchers], stop)
 
+    def announce(self) -> None:
+        """Tell the person what runs: layout, attention kernels and decay groups. For the main process."""
+        attention = self.engine.attention
+        print(f"{self.engine.layout}\nattention by {attention.kernel}")
+        print(self.engine.groups.table(self.engine.shapes), flush=True)
+        if attention.slow is not None:
+            print(f"warning: SLOW: {attention.slow}", file=sys.stderr, flush=True)
+
     def write_row(self, step: int, values: Mapping[str, float]) -> None:
         assert self.log is not None, "only the first rank writes"
         self.log.write(step, values)
@@ -99,6 +107,7 @@ class TrainingSession:
             "loss_spikes": [row["step"] for row in rows if SPIKE in row],
             "steps": self.batches.steps,
             "weight_decay": self.engine.groups.weight_decay,
+            "attention_kernel": self.engine.attention.kernel,
             "checkpoint": f"checkpoints/step-{self.batches.steps}",
         }
 

@@ -164,6 +164,10 @@ EXAMPLES: dict[str, list[Example]] = {
             says=("optimizer.implementation: apex", "engine.zero_stage: 3"),
         )
     ],
+    "DeepSpeed's AdamW × ZeRO 0–3 × every layout": [
+        Example({**stage(number), **layout, "optimizer": {"implementation": "deepspeed"}})
+        for number, layout in ((0, {}), (1, parallel(pipeline=2, tensor=2)), (2, parallel(tensor=2)), (3, {}))
+    ],
     "fine-tuning batched as drawn or by length": [
         Example({"batching": batching, **parallel(pipeline=2, tensor=2, sequence=True), **stage(1)})
         for batching in ("as_drawn", "by_length")
@@ -213,6 +217,26 @@ EXAMPLES: dict[str, list[Example]] = {
             refused={"lora": {}, "engine": {"compile": True}},
             says=("engine.compile", "lora"),
         )
+    ],
+    "engine.attention × every layout and batching": [
+        Example({"engine": {"attention": "eager"}, **parallel(pipeline=2, tensor=2, sequence=True)}),
+        Example({"engine": {"attention": "sdpa-flash"}, "batching": "packed"}),
+    ],
+    "a FlashAttention package or cuDNN × fp32": [
+        Example(
+            accepted={"engine": {"attention": name, "precision": "bf16"}},
+            refused={"engine": {"attention": name, "precision": "fp32"}},
+            says=(f"engine.attention: {name}", "engine.precision: bf16"),
+        )
+        for name in ("flash-attention-3", "sdpa-cudnn")
+    ],
+    "attention kernels of CUDA × device: cpu": [
+        Example(
+            accepted={"engine": {"attention": "sdpa-flash"}, "device": "cpu"},
+            refused={"engine": {"attention": name}, "device": "cpu"},
+            says=(f"engine.attention: {name}", "device: cpu"),
+        )
+        for name in ("flash-attention-4", "sdpa-efficient")
     ],
 }
 

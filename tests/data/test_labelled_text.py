@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import ast
 import re
 from collections import Counter, defaultdict
 
@@ -65,6 +66,46 @@ def test_topic_reads_prose_and_passes_over_broken_files(monkeypatch: pytest.Monk
         labelled_text._documents.cache_clear()
     assert [(d.name, d.paragraphs) for d in documents["internet"]] == [("socket.py", (prose,))]
     assert [d.name for d in documents["language"]] == ["pydoc_data/topics.py#if"]
+
+
+def test_docstrings_come_level_by_level_from_every_kind_of_block() -> None:
+    # Drawn texts, and so published probes, depend on this order.
+    module = ast.parse(
+        """
+'module'
+if x:
+    def a():
+        'a'
+        class inner: 'inner'
+else:
+    async def b(): 'b'
+try:
+    class c: 'c'
+except E:
+    def d(): 'd'
+else:
+    def e(): 'e'
+finally:
+    def f(): 'f'
+match y:
+    case 1:
+        def g(): 'g'
+class last:
+    'last'
+    def method(self): 'method'
+for z in (lambda: 0, [1 for _ in ()]):
+    while z:
+        with z:
+            def h(): 'h'
+"""
+    )
+    expected = [
+        ast.get_docstring(node)
+        for node in ast.walk(module)
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    assert list(labelled_text._docstrings(module)) == expected
+    assert len(expected) == 12
 
 
 def test_polarity_is_decided_by_the_weightier_opinion() -> None:

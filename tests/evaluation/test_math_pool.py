@@ -57,6 +57,18 @@ def test_an_idle_worker_that_is_killed_is_replaced() -> None:
         pool.close()
 
 
+def test_more_workers_start_only_when_there_is_much_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    pool = MathPool(2, compare=_behave)
+    try:
+        assert pool.equal_all([("1", "1"), ("1", "2"), ("2", "2")]) == [True, False, True]
+        assert len(pool._workers) == 1
+        monkeypatch.setattr("megatron_plasticity.evaluation.math_pool.SECONDS_ALONE", 0.0)
+        assert pool.equal_all([("1", "1"), ("1", "2"), ("2", "2")]) == [True, False, True]
+        assert len(pool._workers) == 2
+    finally:
+        pool.close()
+
+
 def test_no_pairs_start_no_process() -> None:
     pool = MathPool(compare=_behave)
     assert pool.equal_all([]) == []

@@ -151,9 +151,9 @@ def test_hidden_gpus_are_a_choice_and_no_problem() -> None:
             section(
                 laptop(),
                 "software",
-                requirements=(Requirement("mlflow", "<3.18", "3.18.0", False), Requirement("scipy", ">=1.13", None, False)),
+                requirements=(Requirement("mlflow", "<3.18", "3.18.0", False), Requirement("pydantic", ">=2.11", None, False)),
             ),
-            ["mlflow 3.18.0 (declared: <3.18)", "scipy is missing (declared: >=1.13)"],
+            ["mlflow 3.18.0 (declared: <3.18)", "pydantic is missing (declared: >=2.11)"],
         ),
         (
             replace(laptop(), torch=None, kernels=None, undetermined={"torch": "ImportError: libcudart.so.13"}),
@@ -676,11 +676,10 @@ def test_a_flash_package_is_used_where_training_uses_it(tmp_path: Path, monkeypa
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    training_attention._flash_function.cache_clear()
+    monkeypatch.setattr(training_attention, "_loaded", {})
     try:
         found = {p.name: p for p in torch_probe._flash_packages(torch.device("cuda", 0), torch.bfloat16)}
     finally:
-        training_attention._flash_function.cache_clear()
         for name in ("flash_attn_interface", "flash_attn"):
             sys.modules.pop(name, None)
     assert found["flash-attention-3"].head_dims == tuple(range(8, 264, 8))

@@ -1,4 +1,5 @@
-"""Which AdamW is made, and what is said when apex is asked for and is not there. apex itself needs CUDA and is not run."""
+"""Which AdamW is made, and what is said when apex or DeepSpeed's is asked for and is not there. apex itself needs CUDA and is not
+run; DeepSpeed's are in tests/training/test_deepspeed_adamw.py."""
 
 from __future__ import annotations
 
@@ -9,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_plasticity.config.deepspeed import offloads_optimizer
 from megatron_plasticity.config.training import BatchConfig, EngineConfig, OptimizerConfig, TrainingRecipe
 from megatron_plasticity.errors import UserError
-from megatron_plasticity.optim.adamw import create_moments, make_adamw, set_step
+from megatron_plasticity.optim.adamw import check_adamw, create_moments, make_adamw, set_step
 
 APEX = OptimizerConfig(learning_rate=0.1, weight_decay=0.1, implementation="apex")
+DEEPSPEED = OptimizerConfig(learning_rate=0.1, weight_decay=0.1, implementation="deepspeed")
 CPU = torch.device("cpu")
 
 
@@ -73,3 +76,86 @@ def test_apex_under_zero_3_is_refused() -> None:
         TrainingRecipe(
             optimizer=APEX, batch=BatchConfig(global_batch_size=1, micro_batch_size=1), engine=EngineConfig(zero_stage=3)
         )
+
+
+class DeepSpeedAdam(torch.optim.Optimizer):
+    """Keeps what it was made with."""
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float], eps: float, **modes: bool) -> None:
+        self.modes = modes
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+
+
+class DeepSpeedFusedAdam(DeepSpeedAdam):
+    pass
+
+
+@pytest.fixture
+def fake_deepspeed(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    adam = types.ModuleType("deepspeed.ops.adam")
+    adam.DeepSpeedCPUAdam, adam.FusedAdam = DeepSpeedAdam, DeepSpeedFusedAdam  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "deepspeed.ops.adam", adam)
+    return adam
+
+
+@pytest.mark.parametrize(
+    ("device", "offloaded", "kind", "modes"),
+    [
+        ("cpu", False, DeepSpeedAdam, {"adamw_mode": True, "bias_correction": True}),
+        ("cuda", False, DeepSpeedFusedAdam, {"adam_w_mode": True, "bias_correction": True}),
+        ("cuda", True, DeepSpeedAdam, {"adamw_mode": True, "bias_correction": True}),
+    ],
+)
+def test_deepspeeds_kernel_is_that_of_the_device_and_decouples_decay(
+    fake_deepspeed: types.ModuleType, device: str, offloaded: bool, kind: type, modes: dict[str, bool]
+) -> None:
+    optimizer = make_adamw(groups(), DEEPSPEED, torch.device(device), offloaded)
+    assert type(optimizer) is kind
+    assert isinstance(optimizer, DeepSpeedAdam)
+    assert optimizer.modes == modes
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    assert optimizer.defaults["lr"] == 0.1
+    assert optimizer.defaults["betas"] == DEEPSPEED.betas
+
+
+def test_deepspeeds_goes_on_from_a_step_of_each_tensor(fake_deepspeed: types.ModuleType) -> None:
+    optimizer = make_adamw(groups(), DEEPSPEED, CPU)
+    (parameter,) = optimizer.param_groups[0]["params"]
+    create_moments(optimizer, [parameter])
+    assert optimizer.state[parameter]["step"] == 0, "without it the first step would fail"
+    set_step(optimizer, [parameter], 7)
+    assert optimizer.state[parameter]["step"] == 7
+
+
+def test_a_kernel_that_cannot_be_built_is_explained(fake_deepspeed: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any, **settings: Any) -> None:
+        try:
+            raise RuntimeError("Ninja is required to load C++ extensions\nand more")
+        except RuntimeError as error:
+            raise RuntimeError("DeepSpeedCPUAdam requires the cpu_adam op") from error
+
+    monkeypatch.setattr(fake_deepspeed, "DeepSpeedCPUAdam", fails)
+    with pytest.raises(UserError, match=r"implementation: deepspeed .*CPUAdam cannot be built here \(Ninja is required to load"):
+        check_adamw(recipe_with(DEEPSPEED), CPU)
+
+
+def test_what_is_torchs_is_not_tried_beforehand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.optim, "AdamW", None)  # it takes seconds to import torch's compiler, which the engine pays anyway
+    check_adamw(recipe_with(OptimizerConfig(learning_rate=0.1, weight_decay=0.1)), CPU)
+
+
+@pytest.mark.parametrize(
+    ("raw", "offloads"),
+    [
+        ({}, False),
+        ({"zero_optimization": {"reduce_bucket_size": 7}}, False),
+        ({"zero_optimization": {"offload_optimizer": {"device": "none"}}}, False),
+        ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, True),
+    ],
+)
+def test_offloading_is_read_from_the_raw_block(raw: dict[str, Any], offloads: bool) -> None:
+    assert offloads_optimizer(EngineConfig(deepspeed=raw)) == offloads
+
+
+def recipe_with(optimizer: OptimizerConfig) -> TrainingRecipe:
+    return TrainingRecipe(optimizer=optimizer, batch=BatchConfig(global_batch_size=1, micro_batch_size=1))

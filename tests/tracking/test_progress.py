@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_plasticity.config.training import PretrainConfig
-from megatron_plasticity.tracking.progress import Both, ConsoleProgress, FolderProgress, NoProgress, format_duration
+from megatron_plasticity.tracking.progress import Both, ConsoleProgress, FolderProgress, NoProgress, Progress, format_duration
 from megatron_plasticity.tracking.run_folder import RunFolder
 
 
@@ -29,7 +29,7 @@ def clock() -> Clock:
     return Clock()
 
 
-def run(progress: ConsoleProgress, clock: Clock, dones: range, total: int, seconds: float, **info: float | str) -> None:
+def run(progress: Progress, clock: Clock, dones: range, total: int, seconds: float, **info: float | str) -> None:
     for done in dones:
         progress.update(done, total, "steps", **info)
         clock.now += seconds
@@ -104,6 +104,17 @@ def test_both_passes_everything_on(tmp_path: Path, make_config: Callable[..., Pr
     assert stream.getvalue() == "pretrain: 30/30 steps, loss 2\n"
     assert folder.state.progress is not None
     assert folder.state.progress.items() >= {"done": 30, "total": 30, "unit": "steps", "loss": 2.0}.items()
+
+
+def test_the_folder_is_told_once_a_second_and_at_the_end(
+    tmp_path: Path, make_config: Callable[..., PretrainConfig], clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = RunFolder.create(tmp_path, "pretrain", "wd0.5", make_config(), {})
+    told: list[float] = []
+    monkeypatch.setattr(RunFolder, "update_progress", lambda self, done, total, unit, **info: told.append(done))
+    progress = FolderProgress(folder, clock)
+    run(progress, clock, range(1, 31), 30, seconds=0.25)
+    assert told == [1, 5, 9, 13, 17, 21, 25, 29, 30]
 
 
 @pytest.mark.parametrize(

@@ -19,12 +19,15 @@ from megatron_plasticity.data.blocks import BlockReader
 from megatron_plasticity.data.ledger import read_ledger
 from megatron_plasticity.data.token_store import TokenStore
 from megatron_plasticity.errors import CheckpointError, Interrupted, UserError
+from megatron_plasticity.models.attention_choice import AttentionChoice
 from megatron_plasticity.models.checkpoint import open_checkpoint
 from megatron_plasticity.models.loss import token_loss
 from megatron_plasticity.tracking.metrics import read_metrics
+from megatron_plasticity.tracking.mlflow_content import run_content
 from megatron_plasticity.tracking.progress import NoProgress
 from megatron_plasticity.tracking.run_folder import RunFolder
 from megatron_plasticity.tracking.trained_model import TrainedModel
+from megatron_plasticity.training import engine
 from megatron_plasticity.training.pretrain import pretrain, pretrain_folder
 from tests.ranks import run_on_ranks
 
@@ -71,6 +74,35 @@ def test_a_run_leaves_what_everything_after_it_needs(pretrain_config: Make, tiny
     assert last["train/adamw_timescale"] == pytest.approx(1 / (last["train/learning_rate"] * 0.1 * 12))
     assert {row["step"] for row in rows if "weight_norm/mlp" in row} == {6, 12}
     assert all(math.isfinite(v) for row in rows for v in row.values())
+
+
+def test_a_run_says_by_which_kernels_it_attends(pretrain_config: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = pretrain(pretrain_config({"steps": 1, "engine": {"attention": "sdpa-math"}}), NoProgress())
+    assert "\nattention by math kernel of torch (sdpa-math)\n" in capsys.readouterr().out
+    assert folder.results["attention_kernel"] == "math kernel of torch (sdpa-math)"
+    assert run_content(folder.path).tags["attention_kernel"] == "math kernel of torch (sdpa-math)"
+
+
+def test_slow_attention_is_a_loud_warning(
+    pretrain_config: Make, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    choice = AttentionChoice("sdpa", "math kernel of torch (sdpa)", "attention runs on torch's math kernel: too wide. Do this")
+    monkeypatch.setattr(engine, "choose_attention", lambda *_: choice)
+    pretrain(pretrain_config({"steps": 1}), NoProgress())
+    assert capsys.readouterr().err.count("warning: SLOW: attention runs on torch's math kernel: too wide. Do this") == 1
+
+
+def test_attention_that_does_not_fit_ends_before_the_run(pretrain_config: Make) -> None:
+    config = pretrain_config({"device": "auto", "engine": {"attention": "flash-attention-2", "precision": "bf16"}})
+    if torch.cuda.is_available():
+        pytest.skip("the package may fit")
+    with pytest.raises(UserError, match=r"engine\.attention: flash-attention-2 runs on CUDA, and the device is cpu"):
+        pretrain(config, NoProgress())
+    assert not config.output.exists()
+
+
+def test_the_kernel_of_attention_does_not_name_a_run(pretrain_config: Make) -> None:
+    assert pretrain_folder(pretrain_config({"engine": {"attention": "eager"}})).path == pretrain_folder(pretrain_config()).path
 
 
 def test_the_held_out_loss_is_the_mean_over_the_held_out_sequences(pretrain_config: Make, tiny_corpus: Path) -> None:

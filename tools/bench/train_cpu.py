@@ -25,9 +25,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from training_setting import BETAS, CLIP, WEIGHT_DECAY
+
 TARGET = 1.0
 LOSS_TOLERANCE = {"fp32": 1e-4, "bf16": 0.05}
-CLIP, LEARNING_RATE, WEIGHT_DECAY, BETAS = 1.0, 1e-3, 0.1, (0.9, 0.95)
+LEARNING_RATE = 1e-3
 
 
 def main() -> int:
@@ -144,32 +146,15 @@ def our_model(arguments: argparse.Namespace) -> Any:
     return model
 
 
-def batches(arguments: argparse.Namespace) -> list[list[tuple[Any, Any]]]:
-    """Micro-batches of each step: texts in which each token follows from the one before, so that there is something to learn."""
-    import torch
-
-    generator = torch.Generator().manual_seed(1)
-    successor = torch.randperm(arguments.vocab_size, generator=generator)
-    steps = []
-    for _ in range(arguments.warm_up + arguments.steps):
-        tokens = torch.randint(arguments.vocab_size, (arguments.batch, 1), generator=generator)
-        columns = [tokens[:, 0]]
-        for _ in range(arguments.length):
-            noise = torch.randint(arguments.vocab_size, (arguments.batch,), generator=generator)
-            follow = torch.rand(arguments.batch, generator=generator) < 0.9
-            columns.append(torch.where(follow, successor[columns[-1]], noise))
-        rows = torch.stack(columns, dim=1)
-        steps.append([(part[:, :-1], part[:, 1:]) for part in rows.split(arguments.micro_batch)])
-    return steps
-
-
 def timed(arguments: argparse.Namespace, step: Callable[[list[tuple[Any, Any]]], float]) -> dict[str, Any]:
     """`step` takes a global batch and returns its mean loss."""
     import torch
+    from training_peers import batches
 
     torch.set_num_threads(arguments.threads)
     losses, seconds, processor = [], [], []
-    for batch in batches(arguments):
+    count = arguments.warm_up + arguments.steps
+    for batch in batches(arguments.vocab_size, arguments.batch, arguments.length, arguments.micro_batch, count):
         wall, used = time.perf_counter(), time.process_time()
         losses.append(step(batch))
         seconds.append(time.perf_counter() - wall)
@@ -244,24 +229,19 @@ def bare_loop(arguments: argparse.Namespace, model: Any, loss_sum: Callable[[Any
 
 def our_model_alone(arguments: argparse.Namespace) -> dict[str, Any]:
     """Our model and loss without DeepSpeed."""
-    from megatron_plasticity.models.loss import token_loss
+    from megatron_plasticity.training.objective import Objective
 
-    model = our_model(arguments)
-    return bare_loop(arguments, model, lambda inputs, targets: token_loss(model(inputs), targets).cross_entropy.sum())
+    objective = Objective(our_model(arguments))
+    return bare_loop(arguments, objective, lambda inputs, targets: objective(inputs, targets).total)
 
 
 def transformers_model(arguments: argparse.Namespace) -> dict[str, Any]:
     """transformers' Llama with SDPA."""
+    import training_peers
     from torch.nn import functional as F
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    from megatron_plasticity.models.huggingface import huggingface_config, to_huggingface
 
     source = our_model(arguments)
-    values = huggingface_config(source.config)
-    model: Any = AutoModelForCausalLM.from_config(AutoConfig.for_model(values.pop("model_type"), **values))
-    model.load_state_dict(to_huggingface(source.state_dict(), source.config))
-    model.train()
+    model = training_peers.transformers_model(source.state_dict(), source.config)
 
     def loss_sum(inputs: Any, targets: Any) -> Any:
         logits = model(input_ids=inputs, use_cache=False).logits
@@ -272,45 +252,12 @@ def transformers_model(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def litgpt_model(arguments: argparse.Namespace) -> dict[str, Any]:
     """litgpt's GPT and its chunked cross-entropy, as its `pretrain` uses them."""
-    from collections import defaultdict
-
-    import torch
-    from litgpt import GPT, Config  # pyright: ignore[reportMissingImports]
-    from litgpt.scripts.convert_hf_checkpoint import copy_weights_hf_llama  # pyright: ignore[reportMissingImports]
+    import training_peers
     from litgpt.utils import chunked_cross_entropy  # pyright: ignore[reportMissingImports]
 
-    from megatron_plasticity.models.huggingface import to_huggingface
-
     source = our_model(arguments)
-    config = Config(
-        name="bench",
-        block_size=arguments.length,
-        vocab_size=arguments.vocab_size,
-        padded_vocab_size=arguments.vocab_size,
-        n_layer=source.config.layers,
-        n_head=source.config.query_heads,
-        n_embd=source.config.hidden_size,
-        head_size=source.config.head_dim,
-        n_query_groups=source.config.kv_heads,
-        rotary_percentage=1.0,
-        parallel_residual=False,
-        bias=False,
-        norm_class_name="RMSNorm",
-        norm_eps=source.config.norm_eps,
-        mlp_class_name="LLaMAMLP",
-        intermediate_size=source.config.mlp_hidden_size,
-        rope_base=int(source.config.rope_theta),
-    )
-    model = GPT(config)
-    weights: dict[str, Any] = {}
-    copy_weights_hf_llama(config, defaultdict(dict), weights, to_huggingface(source.state_dict(), source.config))
-    model.load_state_dict(weights)
-    torch.manual_seed(0)
-
-    def loss_sum(inputs: Any, targets: Any) -> Any:
-        return chunked_cross_entropy(model(inputs), targets) * targets.numel()
-
-    return bare_loop(arguments, model, loss_sum)
+    model = training_peers.litgpt_model(source.state_dict(), source.config)
+    return bare_loop(arguments, model, lambda inputs, targets: chunked_cross_entropy(model(inputs), targets) * targets.numel())
 
 
 CANDIDATES: dict[str, Callable[[argparse.Namespace], dict[str, Any]]] = {

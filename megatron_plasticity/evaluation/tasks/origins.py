@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, cast
 
 from megatron_plasticity.config.files import sha256_file
 from megatron_plasticity.config.task_files import FileRows, HubRows, Layout, Rows
+from megatron_plasticity.data.tables import table_rows
 from megatron_plasticity.errors import UserError
-from megatron_plasticity.evaluation.tasks.tables import table_rows
 
 if TYPE_CHECKING:
     from datasets import Dataset, DatasetBuilder

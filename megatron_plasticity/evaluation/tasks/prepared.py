@@ -14,32 +14,19 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from random import Random
-from typing import Any
-
-import pyarrow
-import pyarrow.parquet
+from typing import TYPE_CHECKING, Any
 
 from megatron_plasticity.config.files import sha256_file
 from megatron_plasticity.config.tasks import AnswerKind
 from megatron_plasticity.errors import UserError
 from megatron_plasticity.evaluation.tasks.task import Example, Reference, Task
 
+if TYPE_CHECKING:
+    import pyarrow
+
 MANIFEST_FILE = "manifest.json"
 TRAIN_FILE = "train.parquet"
 FORMAT = 1
-
-_SCHEMA = pyarrow.schema(
-    [
-        ("id", pyarrow.string()),
-        ("prompt", pyarrow.string()),
-        ("response", pyarrow.string()),
-        ("answer_kind", pyarrow.string()),
-        ("answer", pyarrow.string()),
-        ("program", pyarrow.string()),
-        ("choices", pyarrow.list_(pyarrow.string())),
-        ("group", pyarrow.string()),
-    ]
-)
 
 
 def test_set_file(name: str) -> str:
@@ -49,9 +36,18 @@ def test_set_file(name: str) -> str:
 
 def write_examples(path: Path, examples: Sequence[Example]) -> None:
     """Write examples in their order."""
-    pyarrow.parquet.write_table(
-        pyarrow.Table.from_pylist([_as_row(example) for example in examples], _SCHEMA), path, compression="zstd"
-    )
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist([_as_row(example) for example in examples], _schema())
+    pyarrow.parquet.write_table(table, path, compression="zstd")
+
+
+def _schema() -> pyarrow.Schema:
+    import pyarrow  # 50 MB to install, which training on procedural problems does without
+
+    text = pyarrow.string()
+    columns = ("id", "prompt", "response", "answer_kind", "answer", "program")
+    return pyarrow.schema([*((name, text) for name in columns), ("choices", pyarrow.list_(text)), ("group", text)])
 
 
 def content_sha256(examples: Sequence[Example]) -> str:
@@ -116,6 +112,8 @@ class PreparedTask:
 
     @property
     def answer_kinds(self) -> frozenset[AnswerKind]:
+        import pyarrow.parquet
+
         kinds: set[AnswerKind] = set()
         for name in self.manifest["files"]:
             kinds.update(
@@ -142,6 +140,8 @@ class PreparedTask:
         }
 
     def _examples(self, name: str) -> list[Example]:
+        import pyarrow.parquet
+
         path = self.folder / name
         if sha256_file(path) != self.manifest["files"][name]["sha256"]:
             raise UserError(f"{path}: damaged: its sha256 is not the manifest's. {_ADVICE}")

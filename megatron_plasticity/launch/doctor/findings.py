@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from megatron_plasticity.launch.doctor.facts import DriverGpu, Facts, Interface, Network, Torch
 from megatron_plasticity.launch.doctor.kernels import UNFUSED, attention_kernels
-from megatron_plasticity.launch.doctor.software import ONLY_FOR_METRICS
+from megatron_plasticity.launch.doctor.software import NOT_FOR_TRAINING, ONLY_FOR_METRICS
 
 MOST_TIPS = 8
 
@@ -54,10 +54,11 @@ def _problems(facts: Facts) -> Iterator[str]:
                 f"Python {software.python} is outside {software.python_specifier}: make an environment with a Python that fits "
                 "(`make environment PYTHON=python3.12`)"
             )
+        dispensable = {*ONLY_FOR_METRICS, *NOT_FOR_TRAINING}
         unfit = [
             f"{needed.name} {needed.installed or 'is missing'} (declared: {needed.specifier or 'any'})"
             for needed in software.requirements
-            if needed.extra is None and not needed.fits and (needed.installed or needed.name not in ONLY_FOR_METRICS)
+            if needed.extra is None and not needed.fits and (needed.installed or needed.name not in dispensable)
         ]
         if unfit:
             yield f"packages outside the declared versions: {'; '.join(unfit)}. `pip install -e .` in the checkout mends this"
@@ -322,6 +323,8 @@ def _tips_on_parts(facts: Facts) -> Iterator[Tip]:
             yield (44, f"Optional packages are outside the declared versions: {named}: `pip install -e '.[{unfit[0].extra}]'`.")
         missing = {needed.name for needed in facts.software.requirements if needed.extra == "eval" and not needed.installed}
         missing |= {needed.name for needed in facts.software.requirements if needed.extra is None and not needed.installed}
+        if costs := [f"{name} ({cost})" for name, cost in NOT_FOR_TRAINING.items() if name in missing]:
+            yield (46, f"Training works without what is not installed: {'; '.join(costs)}. `pip install -e .` brings it.")
         if absent := [name for name in ONLY_FOR_METRICS if name in missing]:
             lack = "runs do not record how busy the machine and its GPUs are"
             yield (22, f"Without {', '.join(absent)} {lack}: `pip install {' '.join(absent)}`.")

@@ -73,7 +73,7 @@ def kernel_rows(facts: Facts) -> Iterator[Row]:
     yield from _flash_rows(kernels, _major(facts))
     yield Row("RMSNorm", "torch's fused kernel" if kernels.norm_fused else "torch's, of several kernels", "always")
     yield Row("cross entropy", "our own", "in pieces, without an fp32 copy of the logits")
-    yield Row("AdamW", f"torch's{', fused' if kernels.optimizer_fused else ''}", "always, unless apex is asked for")
+    yield Row("AdamW", f"torch's{', fused' if kernels.optimizer_fused else ''}", "always, unless another is asked for")
     yield Row("NVIDIA apex", _apex_found(facts), _use_of_apex(kernels))
     versions = {} if parts is None else {program.name: program.found for program in parts.packages}
     for name, distribution, why in _NEVER_USED:
@@ -104,12 +104,19 @@ def _found(package: FlashPackage | None) -> str:
 def _use_of_flash(version: str, package: FlashPackage | None, kernels: Kernels, major: int | None) -> str:
     if package is not None and package.head_dims:
         least, greatest = package.head_dims[0], package.head_dims[-1]
-        return f"used, for head dimensions {least} to {greatest}"
+        every = len(package.head_dims) == (greatest - least) // 8 + 1
+        return f"used, for head dimensions {f'{least} to {greatest}' if every else ', '.join(map(str, package.head_dims))}"
     if major is None:
         return "for CUDA only"
     runs_cudnn = "cuDNN" in attention_kernels(kernels)
     if version == "4":
-        return "never used: 1 to 3 % over cuDNN are expected of it" if major == 9 else "never used"
+        if major not in (9, 10):
+            return "for Hopper and Blackwell only"
+        if package is None:
+            return "cuDNN in its place: 1 to 3 % more are expected of it" if runs_cudnn else "would be used"
+        return (
+            "not used: it does not load" if package.problem else "not used: another goes before it, or the version does not fit"
+        )
     if version == "3":
         if major != 9:
             return "for Hopper only"

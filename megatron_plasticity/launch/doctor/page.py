@@ -177,7 +177,7 @@ def _ops(facts: Facts) -> Iterator[str]:
         return
     yield from _line("by our settings", "nothing: AdamW is torch's, and DeepSpeed's shared-memory op of CPUs is switched off")
     times = ", ".join(f"{name} {seconds} s" for name, seconds in _BUILD_SECONDS.items())
-    yield from _line("not needed", f"{times} (to build, on two cores)")
+    yield from _line("not needed", f"{times} (to build, on two cores), unless optimizer.implementation is deepspeed")
     yield from _line(
         "by raw settings",
         f"async_io for NVMe offloading, quantizer for ZeRO++: in {facts.ops.folder}; what can be built here: {_buildable(facts)}",

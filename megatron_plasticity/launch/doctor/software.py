@@ -21,6 +21,14 @@ _DISTRIBUTION = "megatron-plasticity"
 _RUN_TIME_EXTRAS = ("gpu", "data", "eval", "lora")
 ONLY_FOR_METRICS = ("psutil", "nvidia-ml-py")
 """Declared, and without them a run lacks nothing but the utilisation of its machine."""
+NOT_FOR_TRAINING = {
+    "pyarrow": "no `evaluate` and `data prepare`, and of tasks and probe sets the procedural ones alone",
+    "scipy": "no `analyze features`, no `study report` or `compare`",
+    "mlflow": "no copy in MLflow until `megatron-plasticity mlflow sync` makes it where MLflow is",
+    "scikit-learn": "no `tools/bench/probes.py`",
+    "datasets": "no data sets from the hub",
+}
+"""Declared, large, and not imported by `pretrain`, `finetune`, `capture` and the other analyses; what fails without each."""
 _OPTIONAL = ("vllm", "nvidia-ml-py", "psutil", "triton", "liger-kernel", "transformer-engine")
 _COMMANDS = ("deepspeed", "ssh", "pdsh", "sbatch", "srun", "nvidia-smi")
 

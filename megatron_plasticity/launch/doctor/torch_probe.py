@@ -30,12 +30,6 @@ HEAD_DIMS = (48, 64, 128)
 """Those of the paper's models."""
 _ALL_HEAD_DIMS = range(8, 264, 8)
 _POSITIONS = 256
-# Name, import name, distribution; the names are those of `resolved_backend`, but for the last, which training does not know.
-_FLASH_PACKAGES = (
-    ("flash-attention-3", "flash_attn_interface", "flash-attn-3"),
-    ("flash-attention-2", "flash_attn", "flash-attn"),
-    ("flash-attention-4", "flash_attn.cute", "flash-attn-4"),
-)
 
 
 def main() -> None:
@@ -230,10 +224,11 @@ def _apex(device: torch.device) -> tuple[str | None, str | None]:
 
 
 def _flash_packages(device: torch.device, dtype: torch.dtype) -> Iterator[FlashPackage]:
-    from megatron_plasticity.models.attention import resolved_backend
+    from megatron_plasticity.models.attention import FLASH_PACKAGES, resolved_backend
 
     chosen = {head_dim: resolved_backend("auto", device, dtype, head_dim) for head_dim in _ALL_HEAD_DIMS}
-    for name, module, distribution in _FLASH_PACKAGES:
+    for package in FLASH_PACKAGES:
+        name, module, distribution = package.name, package.module, package.distribution
         problem = None
         try:
             # Looking for a sub-module imports the package around it, which need not be there.

@@ -9,8 +9,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from megatron_plasticity.data.tables import table_rows
 from megatron_plasticity.errors import UserError
-from megatron_plasticity.evaluation.tasks.tables import table_rows
 
 ROWS = [{"a": 1, "b": "x\ty"}, {"a": 2, "b": "é"}]
 LINES = "".join(json.dumps(row) + "\n" for row in ROWS)
