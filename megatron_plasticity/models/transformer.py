@@ -191,8 +191,9 @@ class Transformer(nn.Module):
     def use_attention(self, backend: AttentionBackend) -> None:
         """Let all blocks attend by this backend from now on."""
         check_backend(backend)
-        for block in self.layers:
-            block.attn.backend = backend
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.backend = backend
 
     def compile_blocks(self) -> None:
         """Compile each block when it first runs. Hooks inside a compiled block are not called (see `as_written`)."""

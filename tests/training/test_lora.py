@@ -27,10 +27,10 @@ from megatron_plasticity.tracking.progress import NoProgress
 from megatron_plasticity.tracking.run_folder import RunFolder
 from megatron_plasticity.training.engine import TrainingEngine
 from megatron_plasticity.training.finetune import finetune
+from megatron_plasticity.training.objective import Objective
 from megatron_plasticity.training.optimizer_state import MOMENTS
 from megatron_plasticity.training.pretrain import pretrain
 from tests.ranks import run_on_ranks
-from tests.reference_loss import reference_loss
 from tests.training.programs import (
     MODEL,
     OLMO,
@@ -107,12 +107,12 @@ def bare_lora_run(settings: TrainingRecipe, model: ModelConfig) -> Trajectory:
     for step in range(STEPS):
         optimizer.param_groups[0]["lr"] = learning_rate_at(step, STEPS, settings.optimizer.learning_rate, settings.schedule)
         inputs, targets = repeating_batch(step, settings.batch.global_batch_size)
-        used = targets != IGNORE
-        ours = reference_loss(functional_call(plain, merged(), (inputs,)), targets)
-        loss = ours.cross_entropy.sum() / used.sum()
-        losses.append(float(loss.detach()))
+        used = int((targets != IGNORE).sum())
+        weights_of_objective = {f"model.{name}": weight for name, weight in merged().items()}
+        loss = functional_call(Objective(plain), weights_of_objective, (inputs, targets, 1 / used))
+        losses.append(float(loss.cross_entropy / used))
         optimizer.zero_grad()
-        (loss + model.z_loss_weight * (ours.log_partition.square() * used).sum() / used.sum()).backward()
+        loss.total.backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(values.values(), settings.optimizer.gradient_clip)))
         if step == 0:
             gradients = {name: value.grad.clone() for name, value in values.items() if value.grad is not None}
