@@ -69,7 +69,7 @@ def test_a_rehearsal_runs_every_section_and_claims_nothing_of_a_gpu(tmp_path: Pa
     assert list(dict.fromkeys(row["section"] for row in rows)) == list(gpu_check.SECTIONS)
     assert {row["verdict"] for row in rows} == {"ok", "needs CUDA"}
     for row in rows:
-        about_cuda = any(part in row["check"] for part in OF_CUDA)
+        about_cuda = any(part in row["check"] for part in OF_CUDA) and not row["check"].endswith(": rows")
         assert (row["verdict"] == "needs CUDA") == (about_cuda or row["check"].startswith("tip")), row
     measured = {row["check"]: row["measured"] for row in rows}
     assert measured["NCCL, one process"] == "six collectives give what they should (gloo)"
@@ -228,13 +228,12 @@ def test_a_wrong_gradient_of_the_loss_is_caught(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_an_adamw_with_coupled_decay_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    import deepspeed.git_version_info
     import deepspeed.ops.adam
 
     def coupled(groups: Any, adamw_mode: bool, bias_correction: bool, **settings: Any) -> torch.optim.Optimizer:
         return torch.optim.Adam(groups, **settings)
 
-    monkeypatch.setitem(deepspeed.git_version_info.installed_ops, "cpu_adam", True)
+    monkeypatch.setattr(arithmetic, "ops", lambda: types.SimpleNamespace(prebuilt=("cpu_adam",), in_folder=()))
     monkeypatch.setattr(deepspeed.ops.adam, "DeepSpeedCPUAdam", coupled)
     rows = rows_of("optimizers")
     assert rows["AdamW, DeepSpeed"].verdict == "FAILED"
@@ -264,9 +263,86 @@ def a_refusal(kind: Any, layout: dict[str, int], writer: Any) -> None:
 
 
 def test_a_bench_that_writes_nothing_has_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runs, "_bench", lambda *_: (1, "out of memory"))
+    monkeypatch.setattr(runs, "_bench", lambda *_: runs.Ended(1, "", "out of memory"))
     row = next(runs._train_gpu(machine_of.Gpu()))
     assert (row.verdict, row.measured) == ("FAILED", "exit code 1: out of memory")
+
+
+@pytest.mark.parametrize(
+    ("ended", "on_cpu", "on_gpu"),
+    [
+        ((0, "ratio 2, as wanted", ""), "needs CUDA", "ok"),
+        ((1, "ratio 0.5, NOT AS WANTED", ""), "needs CUDA", "FAILED"),
+        ((1, "ratio 2, INVALID", ""), "FAILED", "FAILED"),
+        ((1, "", "RuntimeError: no"), "FAILED", "FAILED"),
+        ((-11, "ratio 2, as wanted", ""), "FAILED", "FAILED"),
+        ((21, "", "scikit-learn is not here"), "not here", "not here"),
+    ],
+)
+def test_a_bench_that_crashed_fails_on_any_machine(ended: Any, on_cpu: str, on_gpu: str) -> None:
+    machines = (machine_of.Rehearsal(), machine_of.Gpu())
+    assert [runs._probes(machine, runs.Ended(*ended)).verdict for machine in machines] == [on_cpu, on_gpu]
+
+
+def test_training_that_was_not_measured_or_is_invalid_fails_on_any_machine() -> None:
+    def verdicts(code: int, status: str, met: bool, reason: str = "") -> list[str]:
+        row = {"name": "ours", "status": status, "reason": reason, "mfu": None, "tokens_per_second": 9.0}
+        verdict = {"what": "rows", "found": "", "wanted": "", "met": met}
+        document = {"ok": met, "models": [{"model": "m", "rows": [row], "verdicts": [verdict]}]}
+        return [row.verdict for row in runs._train_gpu_rows(machine_of.Rehearsal(), runs.Ended(code, "", ""), document)]
+
+    assert verdicts(0, "measured", True) == ["needs CUDA", "ok"]
+    assert verdicts(1, "INVALID", False) == ["FAILED", "FAILED", "FAILED"]
+    assert verdicts(1, "not measured", False, "failed: a crash") == ["FAILED", "FAILED", "FAILED"]
+    assert verdicts(1, "measured", True) == ["FAILED"]  # it crashed after it had written
+    assert verdicts(-9, "measured", True) == ["FAILED"]
+
+
+def test_probes_without_scikit_learn_say_so() -> None:
+    code = (
+        "import runpy, sys; sys.modules['sklearn'] = None; sys.argv = ['probes.py']; "
+        f"sys.path.insert(0, {str(TOOLS / 'bench')!r}); runpy.run_path({str(TOOLS / 'bench/probes.py')!r}, run_name='__main__')"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert ended.returncode == 21, ended.stderr
+    assert ended.stderr.splitlines()[-1].startswith("scikit-learn, with which this compares, cannot be used here")
+
+
+def a_session_of_its_own(name: str, rehearse: bool, writer: Connection) -> None:
+    child = subprocess.Popen(["sleep", "300"], start_new_session=True)
+    writer.send(machine_of.Row("child", str(child.pid), "", "ok"))
+    time.sleep(60)
+
+
+def test_a_section_that_is_stopped_leaves_no_process() -> None:
+    rows = [timed.row for timed in gpu_check.run_section("loss", True, 10, a_session_of_its_own)]
+    assert [row.check for row in rows] == ["child", "loss"]
+    assert not Path(f"/proc/{rows[0].measured}/cmdline").exists() or not Path(f"/proc/{rows[0].measured}/cmdline").read_bytes()
+
+
+def test_the_loss_is_checked_over_pieces_and_may_not_hold_all_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    import megatron_plasticity.models.loss as loss_module
+
+    gpu = machine_of.Gpu()
+    for machine, device in ((gpu, "cuda"), (machine_of.Rehearsal(), "cpu")):
+        assert machine.loss_shape[0] > loss_module._ROWS_AT_ONCE[device]
+    tokens, width, vocabulary = gpu.loss_shape
+    least_with_all_logits = 2 * (tokens * vocabulary + tokens * width + vocabulary * width)
+    assert 1.05 * arithmetic.planned_for_loss(gpu, "bf16") < least_with_all_logits
+    monkeypatch.setattr(loss_module, "_with_product", lambda total, a, b, is_only: a @ b)  # the last piece alone
+    assert rows_of("loss")["loss, bf16"].verdict == "FAILED"
+
+
+def test_why_there_is_no_deepspeed_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = types.SimpleNamespace(prebuilt=(), in_folder=())
+    monkeypatch.setattr(arithmetic, "ops", lambda: nothing)
+    assert "a rehearsal does not take" in arithmetic._not_to_be_had(machine_of.Rehearsal())
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    for nvcc, says in ((None, "there is no nvcc"), ("12.4", "nvcc is of CUDA 12.4, torch of CUDA 13.0"), ("13.1", None)):
+        tools = types.SimpleNamespace(cxx="g++", ninja="1.13", nvcc=nvcc)
+        monkeypatch.setattr(arithmetic, "compilers", lambda tools=tools: tools)
+        reason = arithmetic._not_to_be_had(machine_of.Gpu())
+        assert reason is None if says is None else says in reason
 
 
 # --- What touches CUDA, with CUDA made up.

@@ -13,8 +13,9 @@ import torch
 
 from tests.tools import TOOLS, load_tool
 
+sys.path.insert(0, str(TOOLS / "bench"))  # as a script it finds its neighbours by itself
 training = load_tool("bench/side_by_side_training")
-sys.modules["side_by_side_training"] = training  # as a script it finds its neighbour by itself
+sys.modules["side_by_side_training"] = training
 bench = load_tool("bench/side_by_side")
 
 SMALL = {"layers": 1, "hidden_size": 32, "vocab_size": 64, "length": 16, "batch": 2, "steps": 4}

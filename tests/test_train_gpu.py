@@ -129,12 +129,13 @@ def test_drift_is_told() -> None:
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA A100-SXM4-80GB", 312e12),
         ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA H200 NVL", None),
         ("NVIDIA L40S", None),
     ],
 )
 def test_peak_of_a_gpu(name: str, peak: float | None) -> None:
-    assert bench._peak(name, "bf16") == peak
+    assert bench.peak_flops(name, "bf16") == peak
 
 
 # --- Starting candidates.

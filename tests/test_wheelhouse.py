@@ -264,6 +264,8 @@ def test_a_wheel_that_fits_this_machine_alone_is_refused(index: Path, tmp_path: 
         (["--python", "3.9"], r"--python 3.9: expected a version such as 3.12 .*>=3.11"),
         (["--python", "three"], r"--python three: expected a version"),
         (["--python", "3.12.1"], r"--python 3.12.1: expected a version"),
+        (["--torch", "abc"], r"--torch abc: expected a version such as 2.11.0"),
+        (["--torch", ""], r"--torch : expected a version"),
         (["--extra", "lora", "speed"], r"--extra speed: there is no such thing; known: evaluation, features, mlflow, hub"),
         (["--add", "liger kernel"], r"--add: "),
         (["--have", "nowhere.json"], r"--have nowhere.json: cannot be read"),

@@ -29,6 +29,9 @@ from dataclasses import asdict, dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+import psutil
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "bench"))
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # a worker that was forked does not know this folder
 
 from gpu_checks.arithmetic import compiled_blocks, loss, optimizers
@@ -56,7 +59,7 @@ LIMITS: dict[str, float] = {
     "attention": 100,
     "compiled": 70,
     "loss": 60,
-    "optimizers": 40,
+    "optimizers": 130,
     "layouts": 130,
     "ranks": 130,
     "training": 80,
@@ -70,6 +73,8 @@ PRELOAD = ["megatron_plasticity.training.pretrain", "megatron_plasticity.launch.
 ENVIRONMENT = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "TOKENIZERS_PARALLELISM": "false"}
 REHEARSAL_PATIENCE = 6.0
 """By so much limits are longer in a rehearsal: its machine is small, and others may use it."""
+_SECONDS_TO_END = 8.0
+"""For a section and its benches to end by themselves."""
 _WIDTHS = (44, 62, 20)
 _MOST_CHARACTERS = 400
 
@@ -188,11 +193,48 @@ def report(name: str, rehearse: bool, writer: Connection) -> None:
 
 
 def _end(leader: int | None) -> None:
-    """End a section and what it has started; its process leads a group of its own."""
+    """End a section and what it has started: its process leads a group, and benches start candidates in sessions of their own.
+    It is asked first, so that they remove what they have written."""
     assert leader is not None, "it was started"
-    for end in (os.killpg, os.kill):  # the latter if it has no group yet
-        with suppress(ProcessLookupError):
-            end(leader, signal.SIGKILL)
+    started = _started_by(leader)
+    for process in [process for process in started if process.pid == leader] or started:
+        _send(process, signal.SIGTERM)
+    limit = time.monotonic() + _SECONDS_TO_END
+    while any(map(_runs, started)) and time.monotonic() < limit:
+        time.sleep(0.05)
+    while left := {process for process in (*started, *_started_by(leader)) if _runs(process)}:
+        started = [*left, *(child for process in left for child in _descendants(process))]
+        for process in started:
+            _send(process, signal.SIGKILL)
+        time.sleep(0.05)
+
+
+def _started_by(leader: int) -> list[psutil.Process]:
+    """The process, those of its group, which may outlive it, and their descendants."""
+    found: dict[int, psutil.Process] = {}
+    for pid in psutil.pids():
+        with suppress(ProcessLookupError, psutil.NoSuchProcess):
+            if leader in (pid, os.getpgid(pid)):
+                process = psutil.Process(pid)
+                found |= {one.pid: one for one in (process, *_descendants(process))}
+    return [process for process in found.values() if _runs(process)]
+
+
+def _descendants(process: psutil.Process) -> list[psutil.Process]:
+    with suppress(psutil.NoSuchProcess):
+        return process.children(recursive=True)
+    return []
+
+
+def _runs(process: psutil.Process) -> bool:
+    with suppress(psutil.NoSuchProcess):
+        return process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
+def _send(process: psutil.Process, number: signal.Signals) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
 
 
 def _last_words(log: Path) -> str:
@@ -219,4 +261,5 @@ def _line(*cells: str) -> str:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # so that a section does not outlive this process
     sys.exit(main())

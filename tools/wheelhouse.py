@@ -39,7 +39,7 @@ from packaging.markers import default_environment
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.utils import InvalidWheelFilename, canonicalize_name, parse_wheel_filename
-from packaging.version import Version
+from packaging.version import InvalidVersion, Version
 
 from megatron_plasticity.config.files import sha256_file
 from megatron_plasticity.launch.doctor.software import NOT_FOR_TRAINING
@@ -513,6 +513,7 @@ def collect(parsed: argparse.Namespace) -> int:
     """All of it; returns the exit code."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     check_python(parsed.python, project["requires-python"])
+    check_torch(parsed.torch)
     check_output(parsed.output)
     target = read_target(parsed.have, parsed.python) if parsed.have else assumed_target(parsed.python, parsed.torch)
     wanted = project_requirements(project, parsed.extra, parsed.all, target) + added(parsed.add)
@@ -552,6 +553,14 @@ def check_python(python: str, requires: str) -> None:
     """Raise WheelhouseError for a version that the project does not run on, or that is none."""
     if not re.fullmatch(r"\d+\.\d+", python) or not SpecifierSet(requires).contains(f"{python}.0"):
         raise WheelhouseError(f"--python {python}: expected a version such as {PYTHON} that the project runs on ({requires})")
+
+
+def check_torch(torch: str) -> None:
+    """Raise WheelhouseError for what is no version."""
+    try:
+        Version(torch)
+    except InvalidVersion:
+        raise WheelhouseError(f"--torch {torch}: expected a version such as {TORCH}, as `pip show torch` says it") from None
 
 
 def added(lines: Sequence[str]) -> list[Requirement]:

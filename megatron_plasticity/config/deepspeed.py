@@ -22,8 +22,12 @@ def effective_zero_stage(engine: EngineConfig, parallel: ParallelConfig) -> int:
 def offloads_optimizer(engine: EngineConfig) -> bool:
     """Whether the raw DeepSpeed block has AdamW step in the memory of the CPU."""
     zero = engine.deepspeed.get("zero_optimization")
-    offload = zero.get("offload_optimizer") if isinstance(zero, dict) else None
-    return isinstance(offload, dict) and offload.get("device", "cpu") != "none"
+    if not isinstance(zero, dict):
+        return False
+    offload = zero.get("offload_optimizer")
+    if isinstance(offload, dict):
+        return offload.get("device", "none") != "none"
+    return bool(zero.get("cpu_offload", False))  # its older name
 
 
 def accumulation_steps(batch: BatchConfig, data_parallel_size: int) -> int:

@@ -36,13 +36,15 @@ SDPA_KERNELS = {
 
 @dataclass(frozen=True)
 class FlashPackage:
-    """A FlashAttention package, and the GPUs on which it is worth preferring to PyTorch's own kernels."""
+    """A FlashAttention package, the GPUs that it is for, and those on which it is worth preferring to PyTorch's own kernels."""
 
     name: AttentionBackend
     module: str
     distribution: str
     capability: tuple[int, int]
-    """Least and greatest major compute capability."""
+    """Least and greatest major compute capability on which it runs."""
+    preferred: tuple[int, int]
+    """The same, on which `auto` takes it."""
     head_dim_multiple: int = 8
     head_dim_limit: int = 256
     versions: tuple[str, str] | None = None
@@ -52,9 +54,9 @@ class FlashPackage:
 # The order is that of `auto`. On Hopper PyTorch's SDPA runs cuDNN attention, which is faster than FlashAttention-2: only later
 # versions go before it there. FlashAttention-4's backward pass compiles for head dimensions that are multiples of 32 alone.
 FLASH_PACKAGES = (
-    FlashPackage("flash-attention-3", "flash_attn_interface", "flash-attn-3", (9, 9)),
-    FlashPackage("flash-attention-4", "flash_attn.cute", "flash-attn-4", (9, 10), 32, 128, ("4.0.0b5", "4.0.0b18")),
-    FlashPackage("flash-attention-2", "flash_attn", "flash-attn", (8, 8)),
+    FlashPackage("flash-attention-3", "flash_attn_interface", "flash-attn-3", (9, 9), (9, 9)),
+    FlashPackage("flash-attention-4", "flash_attn.cute", "flash-attn-4", (9, 10), (9, 10), 32, 128, ("4.0.0b5", "4.0.0b18")),
+    FlashPackage("flash-attention-2", "flash_attn", "flash-attn", (8, 12), (8, 8)),
 )
 
 _loaded: dict[str, Callable[..., Tensor] | str] = {}
@@ -77,8 +79,10 @@ def resolved_backend(backend: AttentionBackend, device: torch.device, dtype: tor
     if backend != "auto":
         return backend
     if device.type == "cuda":
+        major = torch.cuda.get_device_capability(device)[0]
         for package in FLASH_PACKAGES:
-            if flash_misfit(package, device, dtype, head_dim) is None:
+            least, greatest = package.preferred
+            if least <= major <= greatest and flash_misfit(package, device, dtype, head_dim) is None:
                 return package.name
     return "sdpa"
 

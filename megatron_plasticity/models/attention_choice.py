@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -60,8 +60,10 @@ def choose_attention(engine: EngineConfig, model: ModelConfig, tensor_ranks: int
     if kernel == SDPBackend.CUDNN_ATTENTION and not _cudnn_is_right():
         if wanted == "sdpa-cudnn":
             raise UserError(f"engine.attention: sdpa-cudnn {_old_cudnn()}")
-        backend = "sdpa-flash"
-        kernel, reasons = heads.kernel_of(backend)
+        for backend in ("sdpa-flash", "sdpa-efficient", "sdpa-math"):
+            kernel, reasons = heads.kernel_of(backend)
+            if kernel is not None:
+                break
     if kernel is None:
         why = f" ({'; '.join(reasons)})" if reasons else ""
         raise UserError(
@@ -71,7 +73,7 @@ def choose_attention(engine: EngineConfig, model: ModelConfig, tensor_ranks: int
     if wanted in ("auto", "sdpa") and device.type == "cuda":
         if kernel == SDPBackend.MATH and heads.kv < heads.query:
             # Not every version of torch has a kernel for grouped heads in fp32; repeating them makes it fit.
-            repeated, _ = heads.repeated().kernel_of("sdpa-efficient")
+            repeated, _ = heads.kernel_of("sdpa-efficient")
             if repeated is not None:
                 backend, kernel = "sdpa-efficient", repeated
         return AttentionChoice(backend, f"{_NAMES[kernel]} (sdpa)", heads.why_slow(kernel))
@@ -89,11 +91,10 @@ class _Heads:
     device: torch.device
     dtype: torch.dtype
 
-    def repeated(self) -> _Heads:
-        return _Heads(self.query, self.query, self.head_dim, self.device, self.dtype)
-
     def kernel_of(self, backend: AttentionBackend) -> tuple[SDPBackend | None, list[str]]:
         """The kernel of PyTorch's that runs, or None with torch's reasons."""
+        if backend == "sdpa-efficient":  # `attend` repeats grouped heads for it
+            self = replace(self, kv=self.query)
         only = SDPA_KERNELS.get(backend)
         with sdpa_kernel(only) if only is not None else contextlib.nullcontext(), _said() as said:
             try:

@@ -69,13 +69,18 @@ def linear_cross_entropy(
     the vocabulary [V / ranks.size, d]. `scored` [N] int64 are the positions of the flattened targets that are not IGNORE: logits
     are computed for these alone; without it, for all.
 
-    Gradients are computed together with the loss, while the logits are there (as Liger Kernel does, 2410.10989, section 3.2), and
-    multiplied by that of the loss in the backward pass; `scale` goes in before they are rounded to the model's number format.
+    Gradients are computed together with the loss, while the logits are there (as Liger Kernel does, 2410.10989, section 3.2).
+    `scale` goes into them before they are rounded to the model's number format; what the backward pass multiplies them by comes
+    after.
     The weight's is summed over rows in fp32. `compiled` makes few kernels of what is done to each logit.
     """
+    device = hidden.device.type
+    if torch.is_autocast_enabled(device):  # as for any product of matrices
+        hidden, weight = (tensor.to(torch.get_autocast_dtype(device)) for tensor in (hidden, weight))
     wanted = (torch.is_grad_enabled() and hidden.requires_grad, torch.is_grad_enabled() and weight.requires_grad)
     how = How(ranks, z_loss_weight, scale, compiled, *wanted)
-    return TrainingLoss(*_LinearCrossEntropy.apply(hidden, weight, targets, scored, how))
+    with torch.autocast(device, enabled=False):
+        return TrainingLoss(*_LinearCrossEntropy.apply(hidden, weight, targets, scored, how))
 
 
 class How(NamedTuple):
@@ -99,7 +104,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         rows, classes = whole.flatten(0, -2), targets.flatten()
         if scored is not None:
             rows, classes = rows[scored], classes[scored]
-        size = _ROWS_AT_ONCE["cuda" if rows.is_cuda else "cpu"]
+        pieces = max(1, -(-len(rows) // _ROWS_AT_ONCE["cuda" if rows.is_cuda else "cpu"]))
+        size = max(1, -(-len(rows) // pieces))
         sums = torch.zeros(2, dtype=torch.float64, device=rows.device)
         of_rows = torch.empty_like(rows) if how.of_hidden else None
         of_weight: Tensor | None = None
@@ -113,7 +119,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if of_rows is not None:
                 torch.mm(logits, weight, out=of_rows[piece])
             if how.of_weight:
-                of_weight = _with_product(of_weight, logits.t(), rows[piece], is_only=len(rows) <= size)
+                of_weight = _with_product(of_weight, logits.t(), rows[piece], is_only=pieces == 1)
+            del logits, losses  # or the next piece would be computed beside this one
         of_hidden = None if of_rows is None else _of_hidden(of_rows, whole.shape, scored, how.ranks)
         of_weight = torch.zeros_like(weight) if how.of_weight and of_weight is None else of_weight
         ctx.gradients, ctx.weight_dtype = (of_hidden, of_weight), weight.dtype
@@ -221,7 +228,7 @@ def _with_product(total: Tensor | None, a: Tensor, b: Tensor, is_only: bool) -> 
         total = torch.zeros(len(a), b.shape[-1], dtype=torch.float32, device=a.device)
     if a.dtype == torch.float32:
         return total.addmm_(a, b)
-    if a.is_cuda:  # no other device has a product of bf16 with an fp32 result (torch 2.13)
+    if a.is_cuda:  # CPUs have no product of bf16 with an fp32 result (torch 2.13)
         return torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
     return total.add_(a @ b)
 

@@ -15,6 +15,7 @@ from torch.nn import functional as F
 
 from megatron_plasticity.capture.dump import recorder_of, write_dump
 from megatron_plasticity.capture.manifest import ACTIVATIONS_FOLDER, model_identity
+from megatron_plasticity.capture.points import HEAD, LOGITS
 from megatron_plasticity.capture.recipe import memory_bytes
 from megatron_plasticity.capture.recorder import Recorder
 from megatron_plasticity.capture.sequences import CapturedSequences
@@ -49,7 +50,7 @@ def record_activations(
         padded = F.pad(padded, (0, -inputs.shape[1] % grid.tensor.size))
     kept = None if kept is None else kept[rows]
     with recorder.keeping(kept) if grid.data_rank == 0 else contextlib.nullcontext():
-        engine.evaluate([MicroBatch(padded, padded)])
+        engine.evaluate([MicroBatch(padded, padded)], shows_logits=not {HEAD, LOGITS}.isdisjoint(recorder.points))
     captured = {}
     for name in recorder.names:
         stage = stage_of(name, engine.model.config, grid.parallel)

@@ -137,8 +137,9 @@ class TrainingEngine:
         return float(norm)
 
     @torch.no_grad()
-    def evaluate(self, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Summed cross-entropy of micro-batches without gradients, fp64; 0 on processes that report none.
+    def evaluate(self, micro_batches: Sequence[MicroBatch], shows_logits: bool = False) -> Tensor:
+        """Summed cross-entropy of micro-batches without gradients, fp64; 0 on processes that report none. With `shows_logits` the
+        head returns logits, for hooks to see.
 
         A collective: every process must call it with as many micro-batches (ZeRO-3 gathers weights), those of one data-parallel
         rank with the same.
@@ -146,6 +147,7 @@ class TrainingEngine:
         self.grid.liveness.beat()
         self._cross_entropy.zero_()
         self._loss_scale = 1.0
+        self._objective.shows_logits = shows_logits
         if self._pipeline is not None:
             self._pipeline.evaluate(micro_batches)
         else:
@@ -155,6 +157,7 @@ class TrainingEngine:
                     self._loss_of(micro_batch)
             finally:
                 self._engine.train()
+        self._objective.shows_logits = False
         return self._reported_cross_entropy()
 
     def full_weights(self) -> Iterator[tuple[str, Tensor | None]]:

@@ -41,8 +41,9 @@ def finetune(config: FinetuneConfig, progress: Progress) -> RunFolder:
     check_finetuning(config, base.checkpoint.model)
     device = resolve_device(config.device)
     check_compiler(config.engine, device)
-    choose_attention(config.engine, base.checkpoint.model, config.parallel.tensor, device)  # raises before a folder is made
     with process_grid(device, config.parallel) as grid:
+        # These raise before a folder is made, and touch the GPU, which the grid has set up.
+        choose_attention(config.engine, base.checkpoint.model, config.parallel.tensor, grid.device)
         check_adamw(config, grid.device)
         if grid.is_main:
             finetune_folder(config, base)

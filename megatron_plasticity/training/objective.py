@@ -18,6 +18,8 @@ class Objective(nn.Module):
         super().__init__()
         self.model = model
         self.compiled = compiled
+        self.shows_logits = False
+        """Whether the head returns logits, all at once, to whoever looks at what it returns; without gradients only."""
 
     def forward(
         self,
@@ -34,13 +36,9 @@ class Objective(nn.Module):
         self, hidden: Tensor, weight: Tensor | None, targets: Tensor, scale: float = 1.0, scored: Tensor | None = None
     ) -> TrainingLoss:
         """As `forward`, of what `Transformer.hidden` returns on the last stage. `weight` goes before the head's own."""
-        z_loss_weight = self.model.config.z_loss_weight
-        if not torch.is_grad_enabled():
-            # All logits at once, from a head that returns them: activations are captured in such passes.
-            losses = token_loss(self.model.head(hidden, weight), targets, self.model.ranks)
-            cross_entropy = losses.cross_entropy.sum(dtype=torch.float64)
-            squares = losses.log_partition.square().masked_fill(targets == IGNORE, 0.0).sum(dtype=torch.float64)
-            return TrainingLoss((scale * (cross_entropy + z_loss_weight * squares)).float(), cross_entropy)
+        if self.shows_logits:
+            cross_entropy = token_loss(self.model.head(hidden, weight), targets, self.model.ranks).cross_entropy
+            return TrainingLoss(scale * cross_entropy.sum(), cross_entropy.sum(dtype=torch.float64))
 
         def result(hidden: Tensor, weight: Tensor, ranks: TensorRanks) -> TrainingLoss:
             return linear_cross_entropy(
@@ -49,7 +47,7 @@ class Objective(nn.Module):
                 targets,
                 ranks,
                 scored=scored,
-                z_loss_weight=z_loss_weight,
+                z_loss_weight=self.model.config.z_loss_weight,
                 scale=scale,
                 compiled=self.compiled,
             )

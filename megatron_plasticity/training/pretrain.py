@@ -48,8 +48,9 @@ def pretrain(config: PretrainConfig, progress: Progress) -> RunFolder:
     check_pretraining(config)
     device = resolve_device(config.device)
     check_compiler(config.engine, device)
-    choose_attention(config.engine, config.model, config.parallel.tensor, device)  # raises before a folder is made
     with process_grid(device, config.parallel) as grid:
+        # These raise before a folder is made, and touch the GPU, which the grid has set up.
+        choose_attention(config.engine, config.model, config.parallel.tensor, grid.device)
         check_adamw(config, grid.device)
         if grid.is_main:
             pretrain_folder(config)

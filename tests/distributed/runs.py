@@ -76,7 +76,8 @@ def run_layout(layout: Layout, log: Path, sabotage: str | None = None) -> list[T
 
 
 def reference_run(layout: Layout) -> Reference:
-    trajectory = bare_run(layout.recipe, STEPS, WEIGHT_DECAY, layout.model, data_of(layout))
+    own_loss = layout.dtype == "bf16"  # in fp32 nothing of ours but the model
+    trajectory = bare_run(layout.recipe, STEPS, WEIGHT_DECAY, layout.model, data_of(layout), own_loss)
     model = Transformer(layout.model)
     model.load_state_dict(trajectory.weights)
     if layout.dtype == "bf16":

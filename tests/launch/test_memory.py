@@ -13,7 +13,10 @@ import pytest
 from megatron_plasticity.config.model import Family, ModelConfig
 from megatron_plasticity.config.parallel import ParallelConfig
 from megatron_plasticity.config.training import BatchConfig, EngineConfig, OptimizerConfig, TrainingRecipe
+from megatron_plasticity.launch import memory as memory_module
+from megatron_plasticity.launch import operations
 from megatron_plasticity.launch.memory import largest_stage, memory, stage_parameter_count
+from megatron_plasticity.models import loss
 from megatron_plasticity.models.sizes import parameter_count
 from tests.launch.allocation import allocation
 from tests.ranks import run_on_ranks
@@ -35,6 +38,7 @@ class Case:
     checkpointing: bool = False
     accumulation: int = 1
     tied: bool = False
+    sequences: int = 8
 
     def __str__(self) -> str:
         changed = [f"{f.name}={getattr(self, f.name)}" for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
@@ -67,7 +71,7 @@ class Case:
         zero = {} if self.zero == 0 else {"zero_optimization": {"reduce_bucket_size": 1_100_000}}
         return TrainingRecipe(
             optimizer=OptimizerConfig(learning_rate=1e-3, weight_decay=0.1),
-            batch=BatchConfig(global_batch_size=8 * self.data * self.accumulation, micro_batch_size=8),
+            batch=BatchConfig(global_batch_size=self.sequences * self.data * self.accumulation, micro_batch_size=self.sequences),
             engine=EngineConfig(
                 zero_stage=self.zero,  # type: ignore[arg-type]
                 precision=self.precision,  # type: ignore[arg-type]
@@ -88,6 +92,8 @@ SLOW = [
     Case(2, accumulation=2),
     Case(1, "bf16", accumulation=2, checkpointing=True),
     Case(3, "bf16", tied=True),
+    Case(1, checkpointing=True, sequences=24),  # more rows of logits than there are at once
+    Case(1, "bf16", checkpointing=True, sequences=24),
 ]
 TWO_RANKS = [
     Case(0, data=2),
@@ -126,6 +132,12 @@ def test_formula_is_within_ten_percent_of_what_is_allocated(case: Case, tmp_path
         print(f"{case} | {stage.stage} | {between / 1e6:.1f} | {errors[0]:+.1%} | {peak / 1e6:.1f} | {errors[1]:+.1%}")
         assert abs(errors[0]) < CLOSE["between steps"]
         assert abs(errors[1]) < CLOSE["peak"], stage.peak_moment
+
+
+def test_the_loss_works_on_as_much_at_once_as_is_counted() -> None:
+    assert memory_module._LOSS_ROWS == loss._ROWS_AT_ONCE
+    assert memory_module._LOSS_PIECE == loss._ELEMENTS_AT_ONCE
+    assert (loss._ROWS_AT_ONCE["cuda"], loss._ELEMENTS_AT_ONCE["cuda"]) == (operations._LOSS_ROWS, operations._LOSS_PIECE)
 
 
 def test_parameters_of_stages_add_up() -> None:

@@ -130,6 +130,18 @@ def test_a_cudnn_that_computes_wrong_gradients_is_never_taken(gpu, make_config) 
         choose_attention(engine("sdpa-cudnn"), make_config(), 1, CUDA)
 
 
+def test_without_it_the_next_kernel_that_fits_is_taken(gpu, make_config) -> None:
+    gpu(9, [CUDNN, EFFICIENT, MATH], cudnn=91500)
+    assert choose_attention(engine(), make_config(), 1, CUDA).backend == "sdpa-efficient"
+
+
+def test_an_older_flash_attention_can_be_asked_for_on_a_newer_gpu(gpu, make_config, monkeypatch) -> None:
+    gpu(9, [CUDNN])
+    monkeypatch.setitem(attention._loaded, "flash-attention-2", lambda *_, **__: None)
+    assert choose_attention(engine("flash-attention-2"), make_config(), 1, CUDA).kernel == "flash-attention-2"
+    assert choose_attention(engine(), make_config(), 1, CUDA).backend == "sdpa"
+
+
 @pytest.mark.parametrize(
     ("capability", "kernels", "precision", "kernel", "slow"),
     [

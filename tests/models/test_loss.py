@@ -110,6 +110,29 @@ def test_gradients_in_bfloat16_are_those_of_exact_logits_rounded_once() -> None:
     torch.testing.assert_close(of_weight.float(), expected, rtol=2**-8, atol=1e-6)
 
 
+@pytest.mark.slow
+def test_compiled_it_is_the_same_in_bfloat16_at_any_length(monkeypatch) -> None:
+    monkeypatch.setitem(loss._ROWS_AT_ONCE, "cpu", 16)
+    weight = example()[1].bfloat16()
+    for length in (40, 17, 1):
+        hidden, targets = torch.randn(1, length, 16).bfloat16(), torch.randint(50, (1, length))
+        targets[0, ::3] = IGNORE
+        settings = {"scored": scored_positions(targets), "z_loss_weight": 0.01}
+        plain, compiled = (with_gradients(hidden, weight, targets, compiled=way, **settings) for way in (False, True))
+        for mine, theirs in zip(compiled, plain, strict=True):
+            torch.testing.assert_close(mine, theirs)
+
+
+def test_under_autocast_it_is_a_product_like_any_other() -> None:
+    hidden, weight, targets = example()
+    expected = with_gradients(hidden.bfloat16(), weight.bfloat16(), targets)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours = with_gradients(hidden, weight, targets)
+    assert ours[2].dtype == ours[3].dtype == torch.float32
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs.to(mine.dtype))
+
+
 def test_the_gradient_of_the_matrix_is_summed_over_pieces_in_float32(monkeypatch) -> None:
     """A thousand small summands onto a large one: in bf16 they would be lost one by one."""
     monkeypatch.setitem(loss._ROWS_AT_ONCE, "cpu", 1)

@@ -151,6 +151,8 @@ def test_what_is_torchs_is_not_tried_beforehand(monkeypatch: pytest.MonkeyPatch)
         ({"zero_optimization": {"reduce_bucket_size": 7}}, False),
         ({"zero_optimization": {"offload_optimizer": {"device": "none"}}}, False),
         ({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, True),
+        ({"zero_optimization": {"offload_optimizer": {"pin_memory": True}}}, False),
+        ({"zero_optimization": {"cpu_offload": True}}, True),
     ],
 )
 def test_offloading_is_read_from_the_raw_block(raw: dict[str, Any], offloads: bool) -> None:

@@ -33,6 +33,7 @@ from megatron_plasticity.training.batches import StepBatch
 from megatron_plasticity.training.engine import TrainingEngine
 from megatron_plasticity.training.objective import Objective
 from megatron_plasticity.training.optimizer_state import MOMENTS
+from tests.reference_loss import reference_loss
 
 MODEL = ModelConfig.model_validate(
     {
@@ -211,8 +212,12 @@ def bare_run(
     weight_decay: float = 0.3,
     model: ModelConfig = MODEL,
     data: Callable[[int, int], tuple[Tensor, Tensor]] = global_batch,
+    own_loss: bool = True,
 ) -> Trajectory:
-    """The same in plain torch: one process, the whole batch at once, fp32 master weights beside a bf16 model if asked for."""
+    """The same in plain torch: one process, the whole batch at once, fp32 master weights beside a bf16 model if asked for.
+
+    With our own loss, which rounds as the engine does (it is held against torch's operations in tests/models/test_loss.py), or
+    with torch's, which rounds otherwise."""
     master = initial_model(model)
     bf16 = settings.engine.precision == "bf16"
     if bf16:  # as under DeepSpeed, the master weights begin as what bf16 kept of the initial ones
@@ -228,11 +233,15 @@ def bare_run(
             group["lr"] = learning_rate_at(step, steps, settings.optimizer.learning_rate, settings.schedule)
         inputs, targets = data(step, settings.batch.global_batch_size)
         used = int((targets != IGNORE).sum())
-        # The loss in one piece; it is held against torch's own operations in tests/models/test_loss.py.
-        loss = Objective(working)(inputs, targets, 1 / used)
-        losses.append(float(loss.cross_entropy / used))
+        if own_loss:
+            total, cross_entropy = Objective(working)(inputs, targets, 1 / used)
+        else:
+            each = reference_loss(working(inputs), targets)
+            cross_entropy = each.cross_entropy.sum()
+            total = (cross_entropy + model.z_loss_weight * each.log_partition.square()[targets != IGNORE].sum()) / used
+        losses.append(float(cross_entropy.detach() / used))
         working.zero_grad()
-        loss.total.backward()
+        total.backward()
         if bf16:
             for parameter, source in zip(master.parameters(), working.parameters(), strict=True):
                 parameter.grad = source.grad.float()  # type: ignore[union-attr]

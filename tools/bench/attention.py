@@ -10,24 +10,27 @@ number of matrices. Both sides run in the same process, one after the other.
 
 from __future__ import annotations
 
-import argparse
 import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
-from safetensors.torch import save_file
-from torch import Tensor
+from command import parser, positive, run, verdict
 
-from megatron_plasticity.analysis.attention import layer_singular_values, one_thread, spectra, thin_factors
 from megatron_plasticity.config.analysis import AttentionProduct, AttentionRecipe
 from megatron_plasticity.config.load import load_config
 from megatron_plasticity.config.model import ModelConfig
-from megatron_plasticity.models.checkpoint import open_safetensors
+from megatron_plasticity.errors import UserError
 from megatron_plasticity.models.families import FAMILIES
 from megatron_plasticity.models.sizes import parameter_shapes
+
+if TYPE_CHECKING:  # --help has no need of torch, which takes seconds to import
+    import torch
+    from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[2]
 
 SECONDS_ALLOWED = 180.0
 LEAST_RATIO = 100.0
@@ -36,10 +39,13 @@ DEVIATION = 0.02
 """Of the random weights, as at initialisation."""
 
 
-class StoredLayer(Mapping[str, Tensor]):
+class StoredLayer(Mapping[str, "Tensor"]):
     """Weights of a model by name, fp32, each read from disk when it is looked up; all layers are the same one."""
 
     def __init__(self, config: ModelConfig, file: Path) -> None:
+        import torch
+        from safetensors.torch import save_file
+
         self._file = file
         self._names = [name for name in parameter_shapes(config) if ".attn." in name]
         shapes = parameter_shapes(config)
@@ -48,6 +54,8 @@ class StoredLayer(Mapping[str, Tensor]):
         save_file({name: torch.randn(shapes[name], generator=generator) * DEVIATION for name in first}, file)
 
     def __getitem__(self, name: str) -> Tensor:
+        from megatron_plasticity.models.checkpoint import open_safetensors
+
         with open_safetensors(self._file) as stored:
             return stored.get_tensor(re.sub(r"layers\.\d+", "layers.0", name))
 
@@ -58,28 +66,38 @@ class StoredLayer(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def main() -> None:
-    """Measure both sides and print times, ratio and difference."""
-    parser = argparse.ArgumentParser(description="Time of all attention spectra of a model, beside dense decompositions.")
-    parser.add_argument("--model", type=Path, default=Path("configs/models/llama2-4b.yaml"), help="model file (default: 4B)")
-    parser.add_argument("--threads", type=int, default=2, help="threads of torch (default: 2)")
-    parser.add_argument("--dense-heads", type=int, default=1, help="heads of which dense products are decomposed (default: 1)")
-    arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+def main() -> int:
+    """Measure both sides and print times, ratio and difference; 1 if a target was missed."""
+    reader = parser(__doc__)
+    reader.add_argument("--model", type=Path, default=ROOT / "configs/models/llama2-4b.yaml", help="model file [the 4B Llama's]")
+    reader.add_argument("--threads", type=positive, default=2, help="threads of torch [2]")
+    reader.add_argument("--dense-heads", type=positive, default=1, help="heads of which dense products are decomposed [1]")
+    arguments = reader.parse_args()
     config = load_config(ModelConfig, arguments.model)
+    if arguments.dense_heads > config.query_heads:
+        raise UserError(f"--dense-heads {arguments.dense_heads}: {arguments.model} has {config.query_heads} query heads")
+    import torch
+
+    torch.set_num_threads(arguments.threads)
     print(f"{arguments.model.stem}, torch {torch.__version__}, {arguments.threads} threads", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        measure(StoredLayer(config, Path(folder) / "layer.safetensors"), config, arguments.dense_heads)
+        good = measure(StoredLayer(config, Path(folder) / "layer.safetensors"), config, arguments.dense_heads)
+    return 0 if good else 1
 
 
-def measure(weights: Mapping[str, Tensor], config: ModelConfig, heads: int) -> None:
-    """Time both sides and print what was found."""
+def measure(weights: Mapping[str, Tensor], config: ModelConfig, heads: int) -> bool:
+    """Time both sides and print what was found; whether all of it is as wanted."""
+    import torch
+
+    from megatron_plasticity.analysis.attention import layer_singular_values, one_thread, spectra
+
     fold = "both" if FAMILIES[config.family].qk_norm else False
     begun = time.perf_counter()
     results = spectra(weights, config, AttentionRecipe(fold_qk_norm=fold))
     ours = time.perf_counter() - begun
     matrices = sum(map(len, results["layers"])) * config.query_heads
-    print(f"ours: {matrices:,} matrices in {ours:.1f} s; {_verdict(ours <= SECONDS_ALLOWED, f'at most {SECONDS_ALLOWED:g} s')}")
+    good = [ours <= SECONDS_ALLOWED]
+    print(f"ours: {matrices:,} matrices in {ours:.1f} s; {verdict(good[-1], f'at most {SECONDS_ALLOWED:g} s')}")
 
     with one_thread():
         exact = layer_singular_values(weights, config, 0)
@@ -88,9 +106,14 @@ def measure(weights: Mapping[str, Tensor], config: ModelConfig, heads: int) -> N
         whole = seconds * matrices
         accurate = dtype == torch.float64
         print(f"dense, {str(dtype).removeprefix('torch.')}: {seconds:.1f} s a matrix, so {whole / 3600:,.1f} h for all of them")
-        print(f"  ratio {whole / ours:,.0f}; {_verdict(whole / ours >= LEAST_RATIO, f'at least {LEAST_RATIO:g}')}")
-        wanted = f"; {_verdict(difference <= LARGEST_DIFFERENCE, f'at most {LARGEST_DIFFERENCE:g}')}" if accurate else ""
+        good.append(whole / ours >= LEAST_RATIO)
+        print(f"  ratio {whole / ours:,.0f}; {verdict(good[-1], f'at least {LEAST_RATIO:g}')}")
+        wanted = ""
+        if accurate:
+            good.append(difference <= LARGEST_DIFFERENCE)
+            wanted = f"; {verdict(good[-1], f'at most {LARGEST_DIFFERENCE:g}')}"
         print(f"  largest difference of a singular value, relative to the largest: {difference:.1e}{wanted}", flush=True)
+    return all(good)
 
 
 def dense(
@@ -98,6 +121,10 @@ def dense(
 ) -> tuple[float, float]:
     """Seconds of a dense decomposition of one d×d product, the shortest of W_QK and W_VP of the first `heads` heads of layer 0,
     and the largest difference from `ours`, relative to the largest singular value."""
+    import torch
+
+    from megatron_plasticity.analysis.attention import thin_factors
+
     products: tuple[AttentionProduct, ...] = ("qk", "vp")
     group = config.query_heads // config.kv_heads
     seconds, differences = [], []
@@ -113,9 +140,5 @@ def dense(
     return min(seconds), max(differences)
 
 
-def _verdict(good: bool, wanted: str) -> str:
-    return f"{'as wanted' if good else 'NOT AS WANTED'} ({wanted})"
-
-
 if __name__ == "__main__":
-    main()
+    run(main)

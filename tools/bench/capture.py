@@ -12,7 +12,6 @@ turn counts, so that other work on the machine hits both alike.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import functools
 import io
@@ -24,33 +23,34 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from megatron_plasticity.capture.writer import ActivationWriter
-from megatron_plasticity.config.data import CorpusConfig, PythonTextConfig, ReasoningTextConfig, TokenizerConfig
-from megatron_plasticity.config.load import load_config
-from megatron_plasticity.config.training import PretrainConfig
-from megatron_plasticity.data.prepare import prepare
-from megatron_plasticity.tracking.progress import NoProgress
+from command import at_least, parser, positive, run, verdict
 
 ROOT = Path(__file__).resolve().parents[2]
 MOST_OVERHEAD = 0.02
 LEAST_SPEED = 0.8
+BATCH_MEGABYTES = 16
+"""Of what the writer is given at once, in MiB."""
 
 
-def main() -> None:
-    """Print the overhead and the speed of writing, each with its verdict."""
-    parser = argparse.ArgumentParser(description="Cost of capturing activations, and speed of writing them.")
-    parser.add_argument("--turns", type=int, default=3, help="turns of which the best counts (default: 3)")
-    parser.add_argument("--megabytes", type=int, default=1024, help="MiB of activations to write (default: 1024)")
-    arguments = parser.parse_args()
+def main() -> int:
+    """Print the overhead and the speed of writing, each with its verdict; 1 if a target was missed."""
+    reader = parser(__doc__)
+    reader.add_argument("--turns", type=positive, default=3, help="turns of which the best counts [3]")
+    reader.add_argument(
+        "--megabytes", type=at_least(BATCH_MEGABYTES), default=1024, help=f"MiB to write, from {BATCH_MEGABYTES} on [1024]"
+    )
+    arguments = reader.parse_args()
     with tempfile.TemporaryDirectory(dir=Path.cwd()) as folder:  # /tmp may be memory
-        overhead(Path(folder), arguments.turns)
-        writing(Path(folder), arguments.turns, arguments.megabytes)
+        cheap = overhead(Path(folder), arguments.turns)
+        fast = writing(Path(folder), arguments.turns, arguments.megabytes)
+    return 0 if cheap and fast else 1
 
 
-def overhead(folder: Path, turns: int) -> None:
-    """A debug run with the default schedule: the share of its time for which capture held it up."""
+def overhead(folder: Path, turns: int) -> bool:
+    """A debug run with the default schedule: whether the share of its time for which capture held it up is small enough."""
+    from megatron_plasticity.config.data import CorpusConfig, PythonTextConfig, ReasoningTextConfig, TokenizerConfig
+    from megatron_plasticity.data.prepare import prepare
+
     corpus = prepare(
         CorpusConfig(
             name="bench",
@@ -67,13 +67,17 @@ def overhead(folder: Path, turns: int) -> None:
         seconds, held_up = _train(folder / f"on-{turn}", corpus, captured=True)
         with_capture.append(seconds)
         shares.append(held_up / seconds)
-    verdict = "as wanted" if min(shares) <= MOST_OVERHEAD else "TOO MUCH"
-    print(f"capture: {min(shares):.2%} of the run's time, {verdict} (at most {MOST_OVERHEAD:.0%})")
+    good = min(shares) <= MOST_OVERHEAD
+    print(f"capture: {min(shares):.2%} of the run's time, {verdict(good, f'at most {MOST_OVERHEAD:.0%}')}")
     print(f"  whole runs: {min(with_capture):.2f} s with, {min(without):.2f} s without", flush=True)
+    return good
 
 
 def _train(output: Path, corpus: Path, captured: bool) -> tuple[float, float]:
     """Seconds of a whole run, and those in which it waited for capture."""
+    from megatron_plasticity.config.load import load_config
+    from megatron_plasticity.config.training import PretrainConfig
+    from megatron_plasticity.tracking.progress import NoProgress
     from megatron_plasticity.training import activations
     from megatron_plasticity.training.pretrain import pretrain
 
@@ -110,11 +114,15 @@ def _timed(cls: type, name: str, spent: list[float]) -> Iterator[None]:
         setattr(cls, name, method)
 
 
-def writing(folder: Path, turns: int, megabytes: int) -> None:
-    """The writer against a plain copy of the shards that it wrote."""
+def writing(folder: Path, turns: int, megabytes: int) -> bool:
+    """The writer against a plain copy of the shards that it wrote: whether it is fast enough."""
+    import torch
+
+    from megatron_plasticity.capture.writer import ActivationWriter
+
     points = ("embed", "layers.0.resid_post", "layers.1.resid_post", "final_norm")
-    batch = {point: torch.randn(8, 128, 1024) for point in points}  # 16 MiB
-    batches = max(1, megabytes // 16)
+    batch = {point: torch.randn(8, 128, 1024) for point in points}  # BATCH_MEGABYTES
+    batches = megabytes // BATCH_MEGABYTES
     os.sync()
     writes, copies = [], []
     for _ in range(turns):
@@ -134,11 +142,12 @@ def writing(folder: Path, turns: int, megabytes: int) -> None:
         shutil.rmtree(target)
         shutil.rmtree(copy)
     ratio = min(copies) / min(writes)
-    verdict = "as wanted" if ratio >= LEAST_SPEED else "TOO SLOW"
-    size = batches * 16
+    good = ratio >= LEAST_SPEED
+    size = batches * BATCH_MEGABYTES
     print(f"writing: {size / min(writes):,.0f} MiB/s, a plain copy {size / min(copies):,.0f} MiB/s")
-    print(f"ratio {ratio:.2f}, {verdict} (at least {LEAST_SPEED:g})", flush=True)
+    print(f"ratio {ratio:.2f}, {verdict(good, f'at least {LEAST_SPEED:g}')}", flush=True)
+    return good
 
 
 if __name__ == "__main__":
-    main()
+    run(main)

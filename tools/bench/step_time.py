@@ -21,7 +21,6 @@ import json
 import math
 import os
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -32,6 +31,7 @@ from typing import Any
 
 import torch
 import torch.distributed
+from command import parser, positive, run
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -40,7 +40,7 @@ from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.config.parallel import ParallelConfig
 from megatron_plasticity.config.training import BatchConfig, EngineConfig, OptimizerConfig, TrainingRecipe
 from megatron_plasticity.data.micro_batch import MicroBatch
-from megatron_plasticity.errors import UserError, ending_the_process
+from megatron_plasticity.errors import UserError
 from megatron_plasticity.launch.command import free_port
 from megatron_plasticity.launch.cost import StepTime, step_time
 from megatron_plasticity.launch.hardware import Group
@@ -552,17 +552,18 @@ def _set_overheads(machine: Measured, cases: Sequence[Case], seconds: Sequence[f
 
 def main() -> int:
     """Run the cases, print the table; 1 if one of them misses."""
-    parser = argparse.ArgumentParser(description="Predicted and measured step times of small models on this machine's CPUs.")
-    parser.add_argument("--cases", nargs="+", metavar="NAME", help="only those whose names contain one of these")
-    parser.add_argument("--steps", type=int, default=12, help="measured steps of each case (default: 12)")
-    parser.add_argument(
-        "--patience", type=float, default=60.0, metavar="SECONDS", help="of each case, to wait for quiet moments (default: 60)"
-    )
-    parser.add_argument("--output", type=Path, help="also write the rows here, as JSON")
-    arguments = parser.parse_args()
+    reader = parser(__doc__, "a prediction missed")
+    reader.add_argument("--cases", nargs="+", metavar="NAME", help="only those whose names contain one of these")
+    reader.add_argument("--steps", type=positive, default=12, help="measured steps of each case [12]")
+    reader.add_argument("--patience", type=_seconds, default=60.0, help="seconds of each case to wait for quiet moments [60]")
+    reader.add_argument("--output", type=Path, help="also write the rows here, as JSON")
+    arguments = reader.parse_args()
     chosen = [case for case in CASES if arguments.cases is None or any(part in case.name for part in arguments.cases)]
-    if not chosen or arguments.steps < 1:
-        raise UserError(f"--cases, --steps: at least one step of at least one of {', '.join(case.name for case in CASES)}")
+    if not chosen:
+        names = ", ".join(case.name for case in CASES)
+        raise UserError(f"--cases {' '.join(arguments.cases or ())}: expected a part of one of {names}")
+    if arguments.output is not None and not arguments.output.resolve().parent.is_dir():
+        raise UserError(f"--output {arguments.output}: no such folder")
     print(
         f"{datetime.now().astimezone():%Y-%m-%d %H:%M %Z}, torch {torch.__version__}, {os.cpu_count()} cores, 1 thread per rank"
     )
@@ -582,6 +583,16 @@ def main() -> int:
     if arguments.output is not None:
         arguments.output.write_text(json.dumps([asdict(row) for row in rows], indent=2), encoding="utf-8")
     return 0 if within == len(rows) else 1
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"expected a number of seconds, not {text!r}")
+    return value
 
 
 def _line(row: Row) -> str:
@@ -628,5 +639,4 @@ def _launch(case: Case, steps: int, patience: float, folder: Path) -> Row:
 
 
 if __name__ == "__main__":
-    with ending_the_process():
-        sys.exit(main())
+    run(main)

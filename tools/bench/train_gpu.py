@@ -39,14 +39,16 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, Literal
 
+from data_sheet import device_of, peak_flops
 from training_setting import OUT_OF_MEMORY, UNAVAILABLE, Setting
 
 from megatron_plasticity.config.load import load_config
 from megatron_plasticity.config.model import ModelConfig
-from megatron_plasticity.errors import UserError, ending_the_process
-from megatron_plasticity.launch.hardware import A100, H100, H200, Device
+from megatron_plasticity.errors import Interrupted, UserError, ending_the_process
+from megatron_plasticity.launch.hardware import H200
 from megatron_plasticity.launch.memory import largest_stage, memory
 from megatron_plasticity.models.sizes import flops_per_token, parameter_count
 
@@ -85,9 +87,6 @@ FIRST_LOSS_TOLERANCE = 0.05
 DRIFT = 0.03
 QUICK_SECONDS = 85.0
 
-# Peak in bf16 of the data sheet, of the variants whose name does not say that they are slower ones.
-_DEVICES: dict[str, Device] = {"H200": H200, "H100": H100, "A100": A100}
-_SLOWER = ("PCIE", "NVL", "MIG")
 _LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "SLURM_NTASKS", "SLURM_PROCID")
 
 
@@ -299,7 +298,7 @@ def report(name: str, plan: Plan) -> dict[str, Any]:
             row = measured(candidate, setting, plan, Path(folder), machine)
             rows = judged([*rows, row], machine["expected_first_loss"], plan.precision)
             print(line_of(rows[-1]), flush=True)
-    found = verdicts(rows, goal if plan.device == "cuda" and _device(machine["device"]) is H200 else None)
+    found = verdicts(rows, goal if plan.device == "cuda" and device_of(machine["device"]) is H200 else None)
     if plan.device == "cpu":
         found = [verdict for verdict in found if verdict.what == "rows"]
     for remark in remarks(rows) if plan.device == "cuda" else ():
@@ -326,7 +325,7 @@ def _as_json(row: Row) -> dict[str, Any]:
 def headline(name: str, model: ModelConfig, setting: Setting, machine: dict[str, Any], plan: Plan) -> list[str]:
     """Model, machine, rates of matrix products, and the head of the table."""
     versions = " · ".join(f"{package} {version}" for package, version in machine["versions"].items())
-    peak = _peak(machine["device"], plan.precision)
+    peak = peak_flops(machine["device"], plan.precision)
     square, own = machine["square_flops"] / 1e12, machine["model_flops"] / 1e12
     of_peak = f", {square / peak * 1e12:.0%} of the data sheet's {peak / 1e12:.0f}" if peak else ""
     rehearsal = "REHEARSAL ON A CPU: rates say nothing about a GPU. " if plan.device == "cpu" else ""
@@ -351,7 +350,7 @@ def measured(name: str, setting: Setting, plan: Plan, folder: Path, machine: dic
     config = setting.config
     rate = setting.tokens / statistics.median(found["seconds"][setting.warm_up :])
     flops = rate * flops_per_token(config, config.context_length)
-    peak = _peak(machine["device"], plan.precision)
+    peak = peak_flops(machine["device"], plan.precision)
     is_ours = name in ("ours", "ours-eager", AGAIN)
     return Row(
         name,
@@ -438,19 +437,6 @@ def _environment(plan: Plan) -> dict[str, str]:
     if not plan.compiled:
         kept["TORCHDYNAMO_DISABLE"] = "1"
     return kept
-
-
-def _device(name: str) -> Device | None:
-    upper = name.upper()
-    if any(sign in upper for sign in _SLOWER):
-        return None
-    return next((device for sign, device in _DEVICES.items() if sign in upper.replace("-", " ").split()), None)
-
-
-def _peak(name: str, precision: str) -> float | None:
-    """FLOP/s of the data sheet; None for a device that is not known."""
-    device = _device(name)
-    return None if device is None else getattr(device, precision)
 
 
 # --- What the rows say.
@@ -558,6 +544,12 @@ def line_of(row: Row) -> str:
     ).rstrip()
 
 
+def _unwind(number: int, frame: FrameType | None) -> None:
+    """SIGTERM as Ctrl-C: a candidate has a session of its own, where no signal reaches it, and ends in `start`."""
+    raise Interrupted(f"stopped by {signal.Signals(number).name}", number)
+
+
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _unwind)
     with ending_the_process():
         sys.exit(main())

@@ -26,6 +26,7 @@ import importlib.util
 import json
 import math
 import os
+import sys
 import tempfile
 import time
 from collections import Counter
@@ -35,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from command import no_command
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from training_peers import (
@@ -74,6 +76,8 @@ class Trainer:
 
 def main() -> None:
     """Run what the command line names."""
+    if len(sys.argv) == 1:
+        no_command("train_gpu.py")
     parser = argparse.ArgumentParser(description="A part of train_gpu.py, which starts it.")
     parser.add_argument("what", choices=("prepare", *CANDIDATES))
     parser.add_argument("--setting", required=True, help="JSON of a Setting")

@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
+import command
 import torch
 from torch import Tensor
 
@@ -125,3 +126,7 @@ def olmo_core_weights(weights: Mapping[str, Tensor], config: ModelConfig) -> dic
     model_type = values.pop("model_type")
     theirs = AutoConfig.for_model(model_type, **values)
     return convert_state_from_hf(theirs, to_huggingface(weights, config), model_type=model_type)
+
+
+if __name__ == "__main__":
+    command.no_command("train_cpu.py")

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import command
+
 from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.config.training import TrainingRecipe
 
@@ -55,3 +57,7 @@ class Setting:
                 "device": self.device,
             }
         )
+
+
+if __name__ == "__main__":
+    command.no_command("train_cpu.py")

@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from gpu_checks.machine import DTYPES, ERROR, SEED, Gpu, Row, largest, relative
+from gpu_checks.machine import DTYPES, ERROR, SEED, Gpu, Row, largest, recipe, relative
 from torch import Tensor
 from torch.nn import functional as F
 
 from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.config.training import OptimizerConfig
 from megatron_plasticity.errors import UserError
+from megatron_plasticity.launch.doctor.software import compilers
+from megatron_plasticity.launch.doctor.surroundings import ops
+from megatron_plasticity.launch.memory import largest_stage, memory
 from megatron_plasticity.models.initialisation import initialise
 from megatron_plasticity.models.loss import IGNORE, linear_cross_entropy
 from megatron_plasticity.models.transformer import Transformer
@@ -73,7 +76,8 @@ def token_rows(config: ModelConfig, rows: int) -> Tensor:
 
 
 def loss(machine: Gpu) -> Iterator[Row]:
-    """The fused linear cross-entropy with z-loss, and its gradients, against fp64; and that it never holds all logits."""
+    """The fused linear cross-entropy with z-loss and its gradients, several pieces of rows, against fp64; and that it takes no
+    more memory than `plan` says, which is less than all logits, whatever their number format."""
     tokens, width, vocabulary = machine.loss_shape
     generator = torch.Generator().manual_seed(SEED)
     targets = torch.randint(vocabulary, (2, tokens // 2), generator=generator)
@@ -94,16 +98,24 @@ def loss(machine: Gpu) -> Iterator[Row]:
         what = f"loss, {precision}{', compiled' if compiled else ''}"
         measured = f"loss {errors[0]:.1e}, gradients {errors[1]:.1e} (hidden), {errors[2]:.1e} (weight)"
         yield machine.row(what, measured, largest(*errors), ERROR[precision])
-        every = tokens * vocabulary * 4
-        yield machine.row(
-            f"{what}: memory",
-            f"{held / 2**20:,.0f} MiB of {every / 2**20:,.0f} MiB that all logits take in fp32",
-            held,
-            every,
-            needs_cuda=True,
-            shown="less than that",
-        )
+        planned, every = planned_for_loss(machine, precision), tokens * vocabulary * DTYPES[precision].itemsize
+        measured = f"{held / 2**20:,.0f} MiB, predicted {planned / 2**20:,.0f} MiB; all logits would be {every / 2**20:,.0f} MiB"
+        limit = _MOST_OVER_PLAN * planned
+        yield machine.row(f"{what}: memory", measured, held, limit, needs_cuda=True, shown="5 % over plan")
         del hidden, weight, exact, found, gradients
+
+
+_MOST_OVER_PLAN = 1.05
+
+
+def planned_for_loss(machine: Gpu, precision: str) -> float:
+    """Bytes that `plan` predicts for loss and gradients of this shape."""
+    tokens, width, vocabulary = machine.loss_shape
+    heads = width // machine.model.head_dim
+    shape = {"hidden_size": width, "query_heads": heads, "vocab_size": vocabulary, "context_length": tokens // 2}
+    config = ModelConfig.model_validate({**machine.model.model_dump(), **shape})
+    device = "cpu" if machine.rehearsal else "cuda"
+    return largest_stage(memory(config, recipe(machine, precision, 1, micro=2), 1, device)).moments["loss"].loss
 
 
 def _exact_loss(hidden: Tensor, weight: Tensor, targets: Tensor, z_loss_weight: float, scale: float) -> list[Tensor]:
@@ -150,21 +162,35 @@ def _adamws(machine: Gpu) -> dict[str, _Make]:
         "torch, fused": lambda groups: torch.optim.AdamW(groups, **_SETTINGS, fused=True),
         "torch, foreach": lambda groups: torch.optim.AdamW(groups, **_SETTINGS, foreach=True),
         "NVIDIA apex": ours("apex"),
-        "DeepSpeed": _built(ours("deepspeed"), "cpu_adam" if machine.rehearsal else "fused_adam"),
+        "DeepSpeed": _where_it_can_be_had(ours("deepspeed"), machine),
     }
 
 
-def _built(make: _Make, kernel: str) -> _Make:
-    """`make`, for DeepSpeed's optimizer, whose kernel would otherwise be built now."""
+def _where_it_can_be_had(make: _Make, machine: Gpu) -> _Make:
+    """`make`, for DeepSpeed's optimizer, whose kernel is compiled when it is first used."""
 
     def made(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        from deepspeed.git_version_info import installed_ops
-
-        if not installed_ops.get(kernel):
-            raise ImportError(f"{kernel} was not built when DeepSpeed was installed, and building it takes a minute")
+        if (reason := _not_to_be_had(machine)) is not None:
+            raise ImportError(reason)
         return make(groups)
 
     return made
+
+
+def _not_to_be_had(machine: Gpu) -> str | None:
+    """Why there is no such kernel here; None where it was built before, or can be built now."""
+    kernel, known = "cpu_adam" if machine.rehearsal else "fused_adam", ops()
+    if kernel in (*known.prebuilt, *known.in_folder):
+        return None
+    if machine.rehearsal:
+        return f"{kernel} is not built yet, and a rehearsal does not take the minutes that building it takes"
+    tools, cuda = compilers(), torch.version.cuda or "none"
+    lacks = [what for what, found in (("C++ compiler", tools.cxx), ("ninja", tools.ninja), ("nvcc", tools.nvcc)) if not found]
+    if lacks:
+        return f"{kernel} is not built yet, and cannot be: there is no {', no '.join(lacks)}"
+    if str(tools.nvcc).partition(".")[0] != cuda.partition(".")[0]:
+        return f"{kernel} is not built yet, and cannot be: nvcc is of CUDA {tools.nvcc}, torch of CUDA {cuda}"
+    return None
 
 
 def _stepped(start: Tensor, device: torch.device, make: _Make) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from megatron_plasticity.config.model import ModelConfig
+from megatron_plasticity.config.training import TrainingRecipe
 
 OK, FAILED, SLOW, NOT_HERE, NOTED, NEEDS_CUDA = "ok", "FAILED", "SLOW", "not here", "noted", "needs CUDA"
 ROOT = Path(__file__).resolve().parents[2]
@@ -46,8 +47,8 @@ class Gpu:
     more_heads: Mapping[int, tuple[int, int]] = MappingProxyType({64: (32, 32), 128: (32, 32)})
     lengths = (576, 1024)
     """The first leaves 64 when divided by 128, where cuDNN has had faults."""
-    loss_shape = (16_384, 1536, 32_000)
-    """Tokens, width, vocabulary."""
+    loss_shape = (20_480, 1536, 32_000)
+    """Tokens, width, vocabulary: five pieces of rows, and logits that would be more than all else together."""
     vector = 1_000_003
     model = ModelConfig.model_validate(
         {
@@ -121,7 +122,7 @@ class Rehearsal(Gpu):
     heads = ((4, 2),)
     more_heads = MappingProxyType({64: (2, 2)})
     lengths = (192,)
-    loss_shape = (48, 16, 61)
+    loss_shape = (2300, 16, 61)
     vector = 1003
     model = ModelConfig.model_validate(
         {
@@ -160,6 +161,34 @@ class Rehearsal(Gpu):
     @contextlib.contextmanager
     def host_waits(self) -> Iterator[list[Any]]:
         yield []
+
+
+def recipe(
+    machine: Gpu,
+    precision: str,
+    zero_stage: int,
+    *,
+    accumulation: int = 1,
+    micro: int = 4,
+    compile: bool = False,
+    checkpointing: bool = False,
+    parallel: Mapping[str, int] | None = None,
+) -> TrainingRecipe:
+    """Of a run with one data-parallel rank."""
+    return TrainingRecipe.model_validate(
+        {
+            "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1},
+            "batch": {"global_batch_size": micro * accumulation, "micro_batch_size": micro},
+            "engine": {
+                "precision": precision,
+                "zero_stage": zero_stage,
+                "compile": compile,
+                "activation_checkpointing": checkpointing,
+            },
+            "parallel": dict(parallel or {}),
+            "device": machine.device.type,
+        }
+    )
 
 
 def is_wait(warning: warnings.WarningMessage) -> bool:

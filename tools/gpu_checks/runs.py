@@ -15,10 +15,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
-from gpu_checks.machine import FAILED, ROOT, SEED, Gpu, Row, is_wait
-from gpu_checks.steps import recipe, step_batch
+from bench.data_sheet import peak_flops
+from bench.training_setting import UNAVAILABLE
+from gpu_checks.machine import FAILED, NOT_HERE, ROOT, SEED, Gpu, Row, is_wait, recipe
+from gpu_checks.steps import step_batch
 
 from megatron_plasticity.config.data import CorpusConfig, PythonTextConfig, ReasoningTextConfig, TokenizerConfig
 from megatron_plasticity.config.load import load_config
@@ -115,11 +118,17 @@ def _trained(machine: Gpu, config: ModelConfig, settings: TrainingRecipe, grid: 
         waits = [after - earlier for earlier, after in itertools.pairwise(seen)]
         texts = "; ".join(dict.fromkeys(str(warning.message).splitlines()[0] for warning in said if is_wait(warning)))
         measured = f"{max(waits[:-1])} in a micro-step, {waits[-1]} in the last with AdamW{f' ({texts})' if texts else ''}"
-        yield machine.row(
-            f"{what}: host waits for the GPU", measured, max(waits[:-1]), 0, needs_cuda=True, shown="0 in a micro-step"
-        )
+        too_many = max(*waits[:-1], waits[-1] - WAITS_OF_A_STEP)
+        shown = f"0 in a micro-step, {WAITS_OF_A_STEP} in the last"
+        yield machine.row(f"{what}: host waits for the GPU", measured, too_many, 0, needs_cuda=True, shown=shown)
     finally:
         engine.close()
+
+
+WAITS_OF_A_STEP = 4
+"""All for the gradient's norm, by the source of DeepSpeed's BF16_Optimizer (0.19.8): a constant is copied to the GPU, and read
+back to mark a norm that is not finite; then it asks whether the norm is finite, and whether it is to be clipped. torch's fused
+AdamW and our engine have none."""
 
 
 class _Watched(list[MicroBatch]):
@@ -135,13 +144,9 @@ class _Watched(list[MicroBatch]):
             yield micro_batch
 
 
-_PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12}
-"""Dense bf16, by NVIDIA's data sheets, of GPUs with these words in their names."""
-
-
 def _mfu(machine: Gpu, config: ModelConfig, rate: float) -> str:
     """Model FLOPs utilisation (PaLM, 2204.02311, appendix B)."""
-    peak = next((flops for name, flops in _PEAK_FLOPS.items() if name in machine.name()), None)
+    peak = peak_flops(machine.name(), "bf16")
     if peak is None:
         return f", MFU unknown ({machine.name()})"
     return f", MFU {rate * flops_per_token(config, config.context_length) / peak:.1%} of {peak / 1e12:.0f} TFLOP/s"
@@ -233,9 +238,17 @@ def benches(machine: Gpu) -> Iterator[Row]:
     """The benches that are made for a GPU, in short."""
     yield from _train_gpu(machine)
     small = ["--layers=1", "--rows=300", "--width=16"] if machine.rehearsal else ["--layers=2", "--rows=2000"]
-    code, said = _bench("probes.py", *small, "--classes=2", f"--device={machine.device.type}")
-    wrong = code != 0 or "NOT AS WANTED" in said
-    yield machine.row("tools/bench/probes.py", said, wrong, 0, needs_cuda=True, shown="as wanted")
+    yield _probes(machine, _bench("probes.py", *small, "--classes=2", f"--device={machine.device.type}"))
+
+
+def _probes(machine: Gpu, ended: Ended) -> Row:
+    what = "tools/bench/probes.py"
+    if ended.code == UNAVAILABLE:
+        return Row(what, ended.complaint, "", NOT_HERE)
+    # A traceback has exit code 1, too, as a comparison has that is not as wanted.
+    if "NOT AS WANTED" in ended.said if ended.code == 1 else ended.code == 0 and "as wanted" in ended.said:
+        return machine.row(what, ended.said, ended.code, 0, needs_cuda=True, shown="as wanted")
+    return Row(what, ended.described, "", FAILED)
 
 
 def _train_gpu(machine: Gpu) -> Iterator[Row]:
@@ -250,23 +263,61 @@ def _train_gpu(machine: Gpu) -> Iterator[Row]:
     ]
     with tempfile.TemporaryDirectory(prefix="gpu-check-") as folder:
         written = Path(folder) / "train.json"
-        code, said = _bench("train_gpu.py", "--quick", f"--json={written}", *(tiny if machine.rehearsal else []))
-        if not written.is_file():
-            yield Row("tools/bench/train_gpu.py", f"exit code {code}: {said}", "", FAILED)
-            return
-        models = json.loads(written.read_text(encoding="utf-8"))["models"]
-    for model in models:
+        ended = _bench("train_gpu.py", "--quick", f"--json={written}", *(tiny if machine.rehearsal else []))
+        document = json.loads(written.read_text(encoding="utf-8")) if written.is_file() else None
+    yield from _train_gpu_rows(machine, ended, document)
+
+
+def _train_gpu_rows(machine: Gpu, ended: Ended, document: dict[str, Any] | None) -> Iterator[Row]:
+    """Rates need a GPU. That something was measured, and trained what it should, is wanted of any machine."""
+    if document is None or ended.code != (0 if document["ok"] else 1):
+        yield Row("tools/bench/train_gpu.py", ended.described, "", FAILED)
+        return
+    for model in document["models"]:
+        name = f"train_gpu, {model['model']}"
+        if not any(row["status"] == "measured" for row in model["rows"]):
+            yield Row(name, f"no row was measured: {model.get('error', ended.described)}", "", FAILED)
         for row in model["rows"]:
             mfu = "MFU unknown" if row["mfu"] is None else f"MFU {row['mfu']:.1%}"
             measured = f"{row['tokens_per_second']:,.0f} tokens/s, {mfu}" if row["status"] == "measured" else row["reason"]
-            yield machine.noted(f"train_gpu, {model['model']}, {row['name']}", f"{row['status']}: {measured}")
+            noted = machine.noted(f"{name}, {row['name']}", f"{row['status']}: {measured}")
+            crashed = row["status"] == "not measured" and row["reason"].startswith("failed")
+            yield dataclasses.replace(noted, verdict=FAILED) if crashed or row["status"] == "INVALID" else noted
         for verdict in model["verdicts"]:
-            what = f"train_gpu, {model['model']}: {verdict['what']}"
-            yield machine.row(what, verdict["found"], not verdict["met"], 0, needs_cuda=True, shown=verdict["wanted"])
+            is_rate = verdict["what"] != "rows"
+            what, wanted = f"{name}: {verdict['what']}", verdict["wanted"]
+            yield machine.row(what, verdict["found"], not verdict["met"], 0, needs_cuda=is_rate, shown=wanted)
 
 
-def _bench(script: str, *options: str) -> tuple[int, str]:
-    """Exit code and last line of a bench."""
+class Ended(NamedTuple):
+    """How a bench has ended."""
+
+    code: int
+    said: str
+    """Last line of what it printed."""
+    complaint: str
+    """Last line on standard error."""
+
+    @property
+    def described(self) -> str:
+        return f"exit code {self.code}: {self.complaint or self.said or 'nothing was said'}"
+
+
+_SECONDS_TO_END = 5.0
+
+
+def _bench(script: str, *options: str) -> Ended:
+    """Run a bench to its end. If this process is told to end, so is the bench first: it ends what it has started itself."""
     command = [sys.executable, str(ROOT / "tools" / "bench" / script), *options]
-    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
-    return ended.returncode, (ended.stdout.strip() or ended.stderr.strip() or "nothing was said").splitlines()[-1]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    try:
+        output, errors = process.communicate()
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_SECONDS_TO_END)
+            process.kill()
+            process.wait()
+    said, complaint = ((text.strip().splitlines() or [""])[-1] for text in (output, errors))
+    return Ended(process.returncode, said, complaint)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from gpu_checks.arithmetic import reference_model, token_rows
-from gpu_checks.machine import NEEDS_CUDA, OK, SEED, Gpu, Row, largest
+from gpu_checks.machine import NEEDS_CUDA, OK, SEED, Gpu, Row, largest, recipe
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -29,33 +29,6 @@ from megatron_plasticity.training.batches import StepBatch
 from megatron_plasticity.training.engine import TrainingEngine
 
 # --- One step under every layout that one GPU holds.
-
-
-def recipe(
-    machine: Gpu,
-    precision: str,
-    zero_stage: int,
-    *,
-    accumulation: int = 1,
-    micro: int = 4,
-    compile: bool = False,
-    checkpointing: bool = False,
-    parallel: Mapping[str, int] | None = None,
-) -> TrainingRecipe:
-    return TrainingRecipe.model_validate(
-        {
-            "optimizer": {"learning_rate": 1e-3, "weight_decay": 0.1},
-            "batch": {"global_batch_size": micro * accumulation, "micro_batch_size": micro},
-            "engine": {
-                "precision": precision,
-                "zero_stage": zero_stage,
-                "compile": compile,
-                "activation_checkpointing": checkpointing,
-            },
-            "parallel": dict(parallel or {}),
-            "device": machine.device.type,
-        }
-    )
 
 
 def step_batch(config: ModelConfig, settings: TrainingRecipe, grid: ProcessGrid) -> StepBatch:
