@@ -329,8 +329,9 @@ class OneSecond:
 
 def test_one_layer_counted_by_hand() -> None:
     """Forwards: 7 projections, and the head with its two gradients; attention; embedding, 3 norms, 2 rotations, SwiGLU, 2
-    residual sums, loss and its gradient. Backwards: two products for each of the 7; attention; 3 norms, 2 rotations, SwiGLU, 2 scaled
-    gradients of the head, 2 sums of residual gradients, 2 where three projections share an input and 1 where two do, embedding.
+    residual sums, loss and its gradient. Backwards: two products for each of the 7; attention; 3 norms, 2 rotations, SwiGLU, 2
+    scaled gradients of the head, 2 sums of residual gradients, 2 where three projections share an input and 1 where two do,
+    embedding.
     The optimizer: norm, twice, clipping, AdamW, zeroing."""
     time = step_time(small(layers=1), recipe(), 1, OneSecond())
     assert time == StepTime(matmul=(7 + 3) + 14, attention=2, memory=11 + 14, optimizer=5)
