@@ -50,7 +50,7 @@ coverage: environment  ## Run the tests and say which lines and branches they mi
 	$(PYTEST) --cov --cov-report=term $(PYTEST_ARGS)
 
 .PHONY: test-full
-test-full: environment  ## Run the tests and all parallel layouts (three minutes more)
+test-full: environment  ## Run the tests, all parallel layouts and tools at length (six minutes more)
 	$(PYTEST) -m "full or not full" $(PYTEST_ARGS)
 
 .PHONY: lint

@@ -51,7 +51,23 @@ OF_CUDA = (
 )
 
 
-@pytest.mark.slow
+def test_the_command_rehearses_some_sections(tmp_path: Path) -> None:
+    path = tmp_path / "check.json"
+    sections = ["attention", "loss"]
+    ended = subprocess.run(
+        [sys.executable, str(TOOLS / "gpu_check.py"), "--rehearse", "--only", *sections, "--json", str(path)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "This was a rehearsal: it says nothing about any GPU." in ended.stdout
+    rows = json.loads(path.read_text())["rows"]
+    assert {row["section"] for row in rows} == set(sections)
+    assert {row["verdict"] for row in rows} == {"ok", "needs CUDA"}
+
+
+@pytest.mark.full
 @pytest.mark.distributed
 def test_a_rehearsal_runs_every_section_and_claims_nothing_of_a_gpu(tmp_path: Path) -> None:
     path = tmp_path / "check.json"

@@ -116,7 +116,7 @@ def test_bad_settings_are_refused(
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.distributed
 def test_the_command() -> None:
     sizes = [f"--{key.replace('_', '-')}={SMALL[key]}" for key in ("layers", "vocab_size", "length", "batch")]

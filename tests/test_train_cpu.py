@@ -103,7 +103,7 @@ TINY = "--layers 1 --hidden-size 32 --vocab-size 64 --length 16 --batch 2 --micr
 EXACT = ["--threads=1", "--no-compile", "--precision=bf16"]
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.distributed
 def test_the_command() -> None:
     command = [

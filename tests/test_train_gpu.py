@@ -330,7 +330,7 @@ def test_batches_do_not_depend_on_the_micro_batch() -> None:
 # --- All of it.
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_rehearsal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Ours, the plain loop and transformers really train; in fp32, so that their losses agree closely."""
     json_file = tmp_path / "found" / "bench.json"

@@ -197,6 +197,8 @@ def other_batches_within_a_pipeline() -> None:
         return original(settings, grid, *rest)
 
     programs.step_batch = step_batch  # type: ignore[assignment]
+    # The ranks then have targets at unlike positions, and would end over exchanges of unlike size.
+    engine.scored_positions = lambda targets: None  # type: ignore[assignment]
 
 
 @_sabotage
