@@ -72,7 +72,7 @@ def kernel_rows(facts: Facts) -> Iterator[Row]:
         yield Row("attention", "does not run", kernels.attention_problem)
     yield from _flash_rows(kernels, _major(facts))
     yield Row("RMSNorm", "torch's fused kernel" if kernels.norm_fused else "torch's, of several kernels", "always")
-    yield Row("cross entropy", "our own", "in pieces, without an fp32 copy of the logits")
+    yield Row("cross entropy", "our own", "fused with the head: never all logits of a micro-batch")
     yield Row("AdamW", f"torch's{', fused' if kernels.optimizer_fused else ''}", "always, unless another is asked for")
     yield Row("NVIDIA apex", _apex_found(facts), _use_of_apex(kernels))
     versions = {} if parts is None else {program.name: program.found for program in parts.packages}
