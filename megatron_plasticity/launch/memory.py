@@ -37,8 +37,8 @@ _ZERO_DEFAULTS = {
 _ALL_REDUCE = 5e8  # its MEMORY_OPT_ALLREDUCE_SIZE, which no setting changes
 
 # Rows of logits that there are at once, and elements of them that are worked on in fp32 at once (`models/loss.py`).
-_LOSS_ROWS: dict[Device, int] = {"cpu": 1024, "cuda": 4096}
-_LOSS_PIECE: dict[Device, int] = {"cpu": 2**17, "cuda": 2**26}
+LOSS_ROWS: dict[Device, int] = {"cpu": 1024, "cuda": 4096}
+LOSS_PIECE: dict[Device, int] = {"cpu": 2**17, "cuda": 2**26}
 
 
 @dataclass(frozen=True)
@@ -387,8 +387,8 @@ class _Stage:
         read = self._norm(model.hidden_size, self.residual_tokens) + self.residual + self.residual
         if self.recipe.parallel.sequence:
             read += whole
-        logits = min(self.tokens, _LOSS_ROWS[self.device]) * vocabulary
-        piece = min(logits, max(_LOSS_PIECE[self.device], vocabulary))
+        logits = min(self.tokens, LOSS_ROWS[self.device]) * vocabulary
+        piece = min(logits, max(LOSS_PIECE[self.device], vocabulary))
         working = FP32 * piece * (2 if self.bytes < FP32 else 1)
         if self._gradient_of_the_head > self.bytes and self.device == "cpu":
             working = max(working, self.bytes * self._head_size)  # the product that is added to the sum
@@ -398,4 +398,4 @@ class _Stage:
     @property
     def _gradient_of_the_head(self) -> int:
         """Bytes of a number in which the gradient of the head's matrix is summed up over rows of logits, if there are several."""
-        return FP32 if self.tokens > _LOSS_ROWS[self.device] else self.bytes
+        return FP32 if self.tokens > LOSS_ROWS[self.device] else self.bytes

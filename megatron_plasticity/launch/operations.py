@@ -15,7 +15,7 @@ from typing import Literal
 from megatron_plasticity.config.deepspeed import accumulation_steps, effective_zero_stage
 from megatron_plasticity.config.model import ModelConfig
 from megatron_plasticity.config.training import TrainingRecipe
-from megatron_plasticity.launch.memory import BYTES, FP32, stage_parameter_count
+from megatron_plasticity.launch.memory import BYTES, FP32, LOSS_PIECE, LOSS_ROWS, stage_parameter_count
 from megatron_plasticity.models.families import FAMILIES
 from megatron_plasticity.models.partition import stage_layers
 
@@ -23,8 +23,7 @@ Collective = Literal["all_reduce", "all_gather", "reduce_scatter", "send"]
 Axis = Literal["tensor", "data", "pipeline"]
 Role = Literal["forward", "input", "weight"]
 
-# On a GPU: rows of logits that there are at once, and elements of them that are worked on in fp32 at once (`models/loss.py`).
-_LOSS_ROWS, _LOSS_PIECE = 4096, 2**26
+_LOSS_ROWS, _LOSS_PIECE = LOSS_ROWS["cuda"], LOSS_PIECE["cuda"]
 # DeepSpeed's defaults in elements, by their names under `zero_optimization`.
 _REUSE_DISTANCE = 1e9  # stage3_max_reuse_distance
 _PERSISTENT = 1e5  # stage3_param_persistence_threshold

@@ -143,11 +143,16 @@ class Head(nn.Module):
         rows = config.vocab_size // ranks.size
         self.weight = None if config.tied_embeddings else nn.Parameter(torch.empty(rows, config.hidden_size))
 
+    def matrix(self, weight: Tensor | None) -> Tensor:
+        """`weight`, or else the head's own."""
+        weight = self.weight if weight is None else weight
+        assert weight is not None, "tied embeddings put the token embedding on the head's stage too"
+        return weight
+
     def forward(self, x: Tensor, weight: Tensor | None = None, result: HeadResult | None = None) -> Any:
         """Logits of x, or what `result` makes of x and the matrix. It must do so in here: ZeRO 3 has the matrix only while this
         runs. `weight` goes before the head's own."""
-        weight = self.weight if weight is None else weight
-        assert weight is not None, "tied embeddings put the token embedding on the head's stage too"
+        weight = self.matrix(weight)
         if result is not None:
             return result(x, weight, self.ranks)
         return F.linear(x, weight) if self.ranks.size == 1 else column_parallel(x, (weight,), (1,), self.ranks)[0]

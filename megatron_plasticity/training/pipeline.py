@@ -32,8 +32,7 @@ class _Stage(nn.Module):
         hidden = self.model.hidden(x)
         if not self.model.is_last_stage:
             return hidden
-        weight = self.model.tied_weight if self.model.head.weight is None else self.model.head.weight
-        assert weight is not None, "tied embeddings put the token embedding on the head's stage too"
+        weight = self.model.head.matrix(self.model.tied_weight)
         return hidden, weight.view_as(weight)
 
 

@@ -135,8 +135,8 @@ def test_formula_is_within_ten_percent_of_what_is_allocated(case: Case, tmp_path
 
 
 def test_the_loss_works_on_as_much_at_once_as_is_counted() -> None:
-    assert memory_module._LOSS_ROWS == loss._ROWS_AT_ONCE
-    assert memory_module._LOSS_PIECE == loss._ELEMENTS_AT_ONCE
+    assert memory_module.LOSS_ROWS == loss._ROWS_AT_ONCE
+    assert memory_module.LOSS_PIECE == loss._ELEMENTS_AT_ONCE
     assert (loss._ROWS_AT_ONCE["cuda"], loss._ELEMENTS_AT_ONCE["cuda"]) == (operations._LOSS_ROWS, operations._LOSS_PIECE)
 
 
